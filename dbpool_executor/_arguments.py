@@ -1,0 +1,110 @@
+"""Checks what an executor is made with, so that bad input fails at once.
+
+Runs in the parent.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from functools import partial
+from multiprocessing.context import BaseContext
+from multiprocessing.reduction import ForkingPickler
+
+from sqlalchemy import URL, Engine, create_engine, make_url
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from ._places import full_name
+
+_FORMS = (
+    "pass a URL, or a function that is defined at the top level of a module:\n\n"
+    "    def make_engine():\n"
+    "        return create_engine(url)\n\n"
+    "    DBPoolExecutor(make_engine)"
+)
+
+
+def factory_of(
+    engine_factory: Callable[[], Engine] | str | URL,
+) -> Callable[[], Engine]:
+    """Give the callable that an executor's first argument stands for.
+
+    Args:
+        engine_factory: A callable, or a URL that stands for ``create_engine(url)``.
+
+    Raises:
+        TypeError: It is an Engine, cannot be called, or does not pickle.
+        ValueError: The URL names an asynchronous driver.
+        sqlalchemy.exc.ArgumentError: The URL cannot be parsed.
+    """
+    if isinstance(engine_factory, (Engine, AsyncEngine)):
+        raise TypeError(
+            f"engine_factory is {engine_factory!r}, whose connections cannot cross "
+            f"into a worker; {_FORMS}"
+        )
+    if isinstance(engine_factory, (str, URL)):
+        url = make_url(engine_factory)
+        if url.get_dialect().is_async:
+            raise ValueError(
+                f"engine_factory is the URL {url!r}, whose driver is asynchronous; a "
+                "job runs without an event loop: name a synchronous driver"
+            )
+        return partial(create_engine, url)
+    if not callable(engine_factory):
+        raise TypeError(
+            f"engine_factory is a {full_name(type(engine_factory))}, which cannot be "
+            f"called; {_FORMS}"
+        )
+    check_pickles("engine_factory", engine_factory)
+    return engine_factory
+
+
+def check_pickles(name: str, value: object) -> None:
+    """Refuse what could not be sent to a worker.
+
+    Raises:
+        TypeError: It does not pickle.
+    """
+    try:
+        ForkingPickler.dumps(value)
+    except Exception as exc:
+        raise TypeError(
+            f"{name} is {value!r}, which does not pickle and so cannot be sent to a "
+            f"worker ({exc}); {_FORMS if name == 'engine_factory' else _TOP_LEVEL}"
+        ) from exc
+
+
+_TOP_LEVEL = "define it at the top level of a module that the worker can import"
+
+
+def check_count(name: str, value: object) -> int:
+    """Refuse what is not a number of things.
+
+    Raises:
+        TypeError: It is not an integer.
+        ValueError: It is below 1.
+    """
+    if not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, not {full_name(type(value))}")
+    if value < 1:
+        raise ValueError(f"{name} must be greater than 0, not {value}")
+    return value
+
+
+def default_max_workers() -> int:
+    """Give the number of processors that this process may use."""
+    count: Callable[[], int | None] = getattr(os, "process_cpu_count", os.cpu_count)
+    return count() or 1
+
+
+def default_context() -> multiprocessing.context.BaseContext:
+    """Give the start method that inherits least.
+
+    Never fork, which a program's default can have become without anyone choosing it:
+    before Python 3.14 the first ``multiprocessing.Queue()`` fixes it.
+    """
+    methods = multiprocessing.get_all_start_methods()
+    chosen = multiprocessing.get_start_method(allow_none=True)
+    spawns = chosen == "spawn" or "forkserver" not in methods
+    return multiprocessing.get_context("spawn" if spawns else "forkserver")

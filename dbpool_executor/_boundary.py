@@ -1,0 +1,258 @@
+"""What may cross between processes, and its bytes.
+
+Runs in both processes. Calls go in, results and exceptions come out; each function
+here either gives bytes that are known to be plain or says what is not, and where.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, NamedTuple
+
+import sqlalchemy
+from sqlalchemy import Connection, Engine, Result, ScalarResult
+from sqlalchemy.engine import FilterResult, MappingResult
+from sqlalchemy.ext.asyncio import (
+    AsyncConnection,
+    AsyncEngine,
+    AsyncResult,
+    AsyncScalarResult,
+    AsyncSession,
+    async_scoped_session,
+    async_sessionmaker,
+)
+from sqlalchemy.orm import Query, Session, scoped_session, sessionmaker
+from sqlalchemy.orm.state import InstanceState
+from sqlalchemy.pool import PoolProxiedConnection
+
+from ._places import full_name, innermost, place_of
+from .errors import NotPlainError, Outcome
+
+Buffer = bytes | bytearray | memoryview
+"""One piece of a message."""
+
+_PROTOCOL = 5  # the first with out-of-band buffers (PEP 574)
+
+
+class Remedy(NamedTuple):
+    """What to do instead of letting a value cross."""
+
+    as_result: str
+    as_argument: str
+
+
+_MAPPED = Remedy("return its primary key or a dict", "pass its primary key or a dict")
+_SESSION = Remedy(
+    "return the values that you read with it",
+    "import session from dbpool_executor inside the job",
+)
+_CONNECTION = Remedy(
+    "return the values that you read with it",
+    "use dbpool_executor.current_engine() inside the job",
+)
+_RESULT = Remedy("return its rows, result.all()", "pass its rows, result.all()")
+
+_REMEDIES: tuple[tuple[tuple[type, ...], Remedy], ...] = (
+    ((Session, scoped_session, sessionmaker), _SESSION),
+    ((AsyncSession, async_scoped_session, async_sessionmaker), _SESSION),
+    ((Engine, Connection, AsyncEngine, AsyncConnection), _CONNECTION),
+    ((PoolProxiedConnection,), _CONNECTION),
+    ((Result, ScalarResult, MappingResult, FilterResult), _RESULT),
+    ((AsyncResult, AsyncScalarResult, Query), _RESULT),
+    ((InstanceState,), _MAPPED),
+)
+_DBAPI_CONNECTION = ("cursor", "commit", "rollback", "close")  # PEP 249
+_DBAPI_CURSOR = ("execute", "executemany", "fetchone", "fetchmany", "close")  # PEP 249
+
+# How sockets, pipes and the like cross in the standard pool. Looked up here, because
+# each ForkingPickler copies this table and copyreg's when it is made.
+_multiprocessing_reducers = ForkingPickler._extra_reducers  # type: ignore[attr-defined]
+
+# The verdict on each class that was met, so that a class is examined once.
+_known: weakref.WeakKeyDictionary[type, Remedy | None] = weakref.WeakKeyDictionary()
+
+
+def remedy_for(cls: type) -> Remedy | None:
+    """Say what to do instead of letting an instance of a class cross.
+
+    Args:
+        cls: The class of a value.
+
+    Returns:
+        The remedy; None if its instances are plain.
+    """
+    try:
+        return _known[cls]
+    except KeyError:
+        remedy = _known[cls] = _examine(cls)
+        return remedy
+
+
+def _examine(cls: type) -> Remedy | None:
+    for classes, remedy in _REMEDIES:
+        if issubclass(cls, classes):
+            return remedy
+    if sqlalchemy.inspect(cls, raiseerr=False) is not None:
+        return _MAPPED
+    for names in (_DBAPI_CONNECTION, _DBAPI_CURSOR):
+        if all(callable(getattr(cls, name, None)) for name in names):
+            return _CONNECTION
+    return None
+
+
+class RefusedError(Exception):
+    """Carries the value that is not plain out of the pickler."""
+
+
+class BoundaryPickler(pickle.Pickler):
+    """Pickles plain values and refuses the rest.
+
+    ``reducer_override`` is called only for what the C pickler does not know by itself,
+    so rows of builtin values cost nothing.
+    """
+
+    def reducer_override(self, obj: object) -> Any:
+        cls = type(obj)
+        if remedy_for(cls) is not None:
+            raise RefusedError(obj)
+        reduce = _multiprocessing_reducers.get(cls)
+        return NotImplemented if reduce is None else reduce(obj)
+
+
+def pickled(
+    value: object,
+    buffers: list[pickle.PickleBuffer] | None = None,
+    pickler: type[BoundaryPickler] = BoundaryPickler,
+) -> memoryview:
+    """Pickle a plain value.
+
+    Args:
+        value: The value.
+        buffers: Gets the out-of-band buffers; None keeps them in the pickle.
+        pickler: The class to do it with.
+
+    Raises:
+        RefusedError: Holds the value that is not plain.
+        Exception: Whatever the pickling of the value raises.
+    """
+    out = io.BytesIO()
+    callback = None if buffers is None else buffers.append
+    pickler(out, _PROTOCOL, True, callback).dump(value)
+    return out.getbuffer()
+
+
+def dumps_call(
+    fn: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]
+) -> memoryview:
+    """Pickle a call for a worker.
+
+    Everything is copied here: what the caller changes later does not reach the job.
+
+    Args:
+        fn: The function.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+
+    Returns:
+        Bytes for :func:`loads_call`.
+
+    Raises:
+        NotPlainError: An argument is tied to a session or connection.
+        Exception: Whatever the pickling of an argument raises.
+    """
+    try:
+        return pickled((fn, args, kwargs))
+    except RefusedError as refused:
+        roots = {"fn": fn, "args": args, "kwargs": kwargs}
+        raise _not_plain(refused.args[0], roots, Outcome.NEVER_STARTED) from None
+    except Exception as exc:
+        _note_culprit(exc, {"fn": fn, "args": args, "kwargs": kwargs})
+        raise
+
+
+def loads_call(
+    data: Buffer,
+) -> tuple[Callable[..., object], tuple[object, ...], dict[str, object]]:
+    """Rebuild what :func:`dumps_call` pickled.
+
+    Raises:
+        Exception: Whatever the unpickling of an argument raises.
+    """
+    call: tuple[Callable[..., object], tuple[object, ...], dict[str, object]]
+    call = pickle.loads(data)
+    return call
+
+
+def dumps_result(value: object) -> list[Buffer]:
+    """Pickle a job's result.
+
+    Args:
+        value: What the job returned.
+
+    Returns:
+        The pickle, then its out-of-band buffers without a copy (PEP 574).
+
+    Raises:
+        NotPlainError: Something in the value is tied to a session or connection.
+        Exception: Whatever the pickling of the value raises.
+    """
+    buffers: list[pickle.PickleBuffer] = []
+    try:
+        body = pickled(value, buffers)
+        return [body, *(buffer.raw() for buffer in buffers)]
+    except RefusedError as refused:
+        roots = {"result": value}
+        raise _not_plain(refused.args[0], roots, Outcome.ROLLED_BACK) from None
+    except Exception as exc:
+        _note_culprit(exc, {"result": value})
+        raise
+
+
+def loads_result(parts: Sequence[Buffer]) -> object:
+    """Rebuild what :func:`dumps_result` pickled.
+
+    Raises:
+        Exception: Whatever the unpickling of the value raises.
+    """
+    return pickle.loads(parts[0], buffers=parts[1:])
+
+
+# -- What is said of it ---------------------------------------------------------
+
+
+def _not_plain(
+    culprit: object, roots: Mapping[str, object], outcome: Outcome
+) -> NotPlainError:
+    remedy = remedy_for(type(culprit)) or _MAPPED
+    place = place_of(culprit, roots) or f"something inside {' or '.join(roots)}"
+    text = (
+        remedy.as_result if outcome is Outcome.ROLLED_BACK else remedy.as_argument
+    )
+    return NotPlainError(place, full_name(type(culprit)), text, outcome)
+
+
+def _note_culprit(error: Exception, roots: Mapping[str, object]) -> None:
+    # Too deep to pickle is too deep to search.
+    found = None
+    if not isinstance(error, RecursionError):
+        found = innermost(lambda value: not _pickles(value), roots)
+    if found is not None:
+        place, value = found
+        with suppress(Exception):  # a frozen exception takes no notes
+            error.add_note(
+                f"{place} is a {full_name(type(value))}, which does not pickle; only "
+                "plain values cross between processes"
+            )
+
+
+def _pickles(value: object) -> bool:
+    try:
+        pickled(value)
+    except Exception:
+        return False
+    return True

@@ -1,0 +1,258 @@
+"""Messages over a stream socket, one private channel for each worker.
+
+Runs in both processes. A message is a kind and some parts, framed as::
+
+    kind: 1 byte | number of parts: 4 bytes | length of each: 8 bytes | the parts
+
+The parent's end never blocks; the worker's end does. The end of the stream is itself a
+message: to a worker that there are no more jobs (the parent closed its side, or is
+gone), to the parent that the worker is gone.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import socket
+import struct
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import NamedTuple
+
+from ._boundary import Buffer
+
+_HEAD = struct.Struct("<BI")
+_LENGTH = 8
+_READ_SIZE = 1 << 16  # one read takes many small messages
+_COPY_LIMIT = 1 << 16  # below it, joining the parts is cheaper than a call for each
+
+
+class Kind(enum.IntEnum):
+    """What a message says."""
+
+    JOB = 1  # parent to worker: the call, the job's options
+    READY = 2  # worker to parent: it has its engine and its initializer has run
+    RESULT = 3  # worker to parent: the first job not yet answered was committed
+    FAILURE = 4  # worker to parent: the first job not yet answered failed
+    START_FAILURE = 5  # worker to parent: the factory or the initializer raised
+
+
+class Message(NamedTuple):
+    """One message: its kind, and its parts as bytes."""
+
+    kind: Kind
+    parts: Sequence[Buffer]
+
+
+class Channel:
+    """One end of a stream of messages.
+
+    Args:
+        end: A connected stream socket, owned by the channel from now on. Whether it
+            blocks is for the caller to choose.
+    """
+
+    def __init__(self, end: socket.socket) -> None:
+        self._end = end
+        self._received = bytearray()  # not yet parsed
+        self._large: _LargeMessage | None = None  # its parts are still arriving
+        self._unsent: deque[memoryview] = deque()
+        self._ending = False
+
+    def fileno(self) -> int:
+        """Give the descriptor, for a selector."""
+        return self._end.fileno()
+
+    def receive(self) -> list[Message]:
+        """Read once, and give the messages that are complete by now.
+
+        Returns:
+            The messages in the order sent; empty if none is complete yet.
+
+        Raises:
+            EOFError: The stream has ended; a message that is incomplete by then is
+                lost.
+        """
+        try:
+            if self._large is not None:
+                return self._receive_large(self._large)
+            data = self._end.recv(_READ_SIZE)
+        except (BlockingIOError, InterruptedError):
+            return []
+        except OSError as exc:
+            # A peer that died with unread data of ours resets the stream. The system
+            # reports that only after all it had sent was read.
+            raise EOFError from exc
+        if not data:
+            raise EOFError
+        self._received += data
+        return list(self._parsed())
+
+    def send(self, kind: Kind, parts: Sequence[Buffer] = ()) -> bool:
+        """Send a message, or as much of it as the socket takes now.
+
+        Returns:
+            As for :meth:`flush`.
+        """
+        views = [memoryview(part).cast("B") for part in parts]
+        lengths = [len(view) for view in views]
+        head = _HEAD.pack(kind, len(views)) + struct.pack(f"<{len(views)}Q", *lengths)
+        if sum(lengths) <= _COPY_LIMIT:
+            self._unsent.append(memoryview(b"".join((head, *views))))
+        else:
+            self._unsent.append(memoryview(head))
+            self._unsent.extend(view for view in views if view)
+        return self.flush()
+
+    def flush(self) -> bool:
+        """Send what is still unsent.
+
+        Returns:
+            Whether nothing is left; False only for a socket that does not block. A
+            peer that is gone counts as nothing left: reading will tell.
+        """
+        unsent = self._unsent
+        while unsent:
+            view = unsent[0]
+            try:
+                sent = self._end.send(view)
+            except (BlockingIOError, InterruptedError):
+                return False
+            except OSError:
+                unsent.clear()
+                break
+            if sent == len(view):
+                unsent.popleft()
+            else:
+                unsent[0] = view[sent:]
+        if self._ending:
+            with suppress(OSError):  # the peer is gone, and knows
+                self._end.shutdown(socket.SHUT_WR)
+        return True
+
+    def end_sending(self) -> bool:
+        """Tell the peer, once all is sent, that nothing more will come.
+
+        Returns:
+            As for :meth:`flush`.
+        """
+        self._ending = True
+        return self.flush()
+
+    def close(self) -> None:
+        """Close this end."""
+        self._unsent.clear()
+        self._end.close()
+
+    def _parsed(self) -> Iterator[Message]:
+        received = self._received
+        start = 0
+        while len(received) - start >= _HEAD.size:
+            kind, count = _HEAD.unpack_from(received, start)
+            body = start + _HEAD.size + count * _LENGTH
+            if len(received) < body:
+                break
+            lengths = struct.unpack_from(f"<{count}Q", received, start + _HEAD.size)
+            end = body + sum(lengths)
+            if len(received) < end:
+                if end - start > _COPY_LIMIT:
+                    # Received straight into its parts from here on, not copied twice.
+                    self._large = _LargeMessage(Kind(kind), lengths, received[body:])
+                    start = len(received)
+                break
+            parts = []
+            for length in lengths:
+                parts.append(bytes(received[body : body + length]))
+                body += length
+            yield Message(Kind(kind), parts)
+            start = end
+        del received[:start]
+
+    def _receive_large(self, large: _LargeMessage) -> list[Message]:
+        count = self._end.recv_into(large.missing[0])
+        if not count:
+            raise EOFError
+        large.advance(count)
+        if large.missing:
+            return []
+        self._large = None
+        return [Message(large.kind, large.parts)]
+
+
+class _LargeMessage:
+    """A message whose parts are allocated and arrive in place."""
+
+    def __init__(self, kind: Kind, lengths: Sequence[int], begun: bytearray) -> None:
+        self.kind = kind
+        self.parts = [bytearray(length) for length in lengths]
+        self.missing = deque(memoryview(part) for part in self.parts if part)
+        rest = memoryview(begun)
+        while rest:
+            count = min(len(rest), len(self.missing[0]))
+            self.missing[0][:count] = rest[:count]
+            self.advance(count)
+            rest = rest[count:]
+
+    def advance(self, count: int) -> None:
+        view = self.missing[0][count:]
+        if view:
+            self.missing[0] = view
+        else:
+            self.missing.popleft()
+
+
+# -- Ends that belong to one process -----------------------------------------
+
+# Every open end of this process. A forked copy of the process closes its copies: the
+# end of a stream is seen only when no process holds the other end any more.
+_ends: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+# Guards _ends and the moment between the making of an end and its entry there, so that
+# no fork of another thread falls in between.
+_ends_lock = threading.RLock()
+_kept = threading.local()
+
+
+def make_ends() -> tuple[socket.socket, socket.socket]:
+    """Make the two ends of a channel, which no forked process will share."""
+    with _ends_lock:
+        ends = socket.socketpair()
+        _ends.update(ends)
+    return ends
+
+
+def own_end(end: socket.socket) -> None:
+    """Note an end that another process has made for this one."""
+    with _ends_lock:
+        _ends.add(end)
+
+
+@contextmanager
+def kept_by_child(end: socket.socket) -> Iterator[None]:
+    """Let a process that this thread forks inside the block keep an end."""
+    _kept.end = end
+    try:
+        yield
+    finally:
+        del _kept.end
+
+
+def _close_inherited_ends() -> None:
+    kept = getattr(_kept, "end", None)
+    for end in list(_ends):
+        if end is not kept:
+            end.close()
+    _ends.clear()
+    if kept is not None:
+        _ends.add(kept)
+    _ends_lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_ends_lock.acquire,
+        after_in_parent=_ends_lock.release,
+        after_in_child=_close_inherited_ends,
+    )

@@ -1,0 +1,312 @@
+"""The one thread that talks to workers.
+
+Runs in the parent. Callers reach it by what they append, and by a byte that wakes it;
+it sends the jobs that wait to idle workers, and settles the futures of those answered.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+
+from ._channel import Kind, make_ends
+from ._job import Answer, Job
+from ._local import LocalWorker
+from ._workers import Worker, Workers
+from .errors import Outcome, OutcomeUnknownError, WorkerDiedError
+
+log = logging.getLogger("dbpool_executor")
+
+
+class Dispatcher:
+    """Sends waiting jobs to workers and settles their futures.
+
+    Args:
+        start_worker: Starts one worker.
+        prepare: Called once, in a caller's thread, before the first worker starts.
+        max_workers: Upper bound on workers.
+        max_jobs: Jobs after which a worker is replaced; None for no bound.
+        forks: Whether to start all workers at the first job, before there is a thread
+            of ours that could hold a lock which a forked worker would inherit.
+    """
+
+    def __init__(
+        self,
+        start_worker: Callable[[], LocalWorker],
+        prepare: Callable[[], None],
+        max_workers: int,
+        max_jobs: int | None,
+        *,
+        forks: bool,
+    ) -> None:
+        self._prepare = prepare
+        self._at_once = max_workers if forks else 0
+        self._pid = os.getpid()
+        # Guards the choice between taking a job and ending, so that no job is appended
+        # after the thread's last look. Never held while callbacks run.
+        self._lock = threading.RLock()
+        self._waiting: deque[Job] = deque()  # appended to by callers
+        self._closing = False
+        self._cancelling = False
+        self._signal: Callable[[LocalWorker], None] | None = None
+        self._thread: threading.Thread | None = None
+        # True while the thread sleeps and a new job would be something to do.
+        self._listening = False
+        self._bell, self._ear = make_ends()
+        self._bell.setblocking(False)
+        self._ear.setblocking(False)
+        # From here on the thread's own.
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._ear, selectors.EVENT_READ)
+        self._workers = Workers(start_worker, max_workers, max_jobs, self._selector)
+        self._answers: list[Answer] = []  # futures to be settled
+        self._killed = False  # no job will be sent again
+
+    # -- Called by other threads --------------------------------------------------
+
+    def add(self, job: Job) -> None:
+        """Queue a job; the first one starts the thread.
+
+        Raises:
+            WorkerStartError: The executor is broken.
+            RuntimeError: It was shut down, or this is a forked copy of its process.
+        """
+        with self._lock:
+            self.check_open()
+            if self._thread is None:
+                self._begin()
+            self._waiting.append(job)
+        if self._listening:
+            self._wake()
+
+    def check_open(self) -> None:
+        """Raise as :meth:`add` would."""
+        if self._pid != os.getpid():
+            raise RuntimeError(
+                "this executor belongs to the process that made it, and this is a "
+                "forked copy of that process; make a new executor here"
+            )
+        if self._workers.failure is not None:
+            raise self._workers.failure.error()
+        if self._closing:
+            raise RuntimeError("cannot schedule new futures after shutdown")
+        if _exit.has_begun:
+            raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    def shutdown(self, *, cancel: bool) -> None:
+        """Take no more jobs, and end once those taken are answered.
+
+        Args:
+            cancel: Whether to cancel the jobs that have not been sent.
+        """
+        with self._lock:
+            self._cancelling = self._cancelling or cancel
+            self.close()
+
+    def close(self) -> None:
+        """Do as :meth:`shutdown` does, where nobody is left to submit.
+
+        Takes no lock: garbage collection may call it anywhere.
+        """
+        if self._pid != os.getpid():
+            return
+        self._closing = True
+        if self._thread is None:
+            self._free()
+        else:
+            self._wake()
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait until the thread has ended; at once when called from that thread.
+
+        Args:
+            timeout: Seconds to wait at most; None for no bound.
+        """
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout)
+
+    def signal_workers(self, send: Callable[[LocalWorker], None]) -> None:
+        """End all workers now, whatever they do, and cancel what waits.
+
+        Args:
+            send: What to do with each.
+        """
+        self._signal = send
+        self.shutdown(cancel=True)
+
+    def describe(self) -> str:
+        """Say in words what state it is in; a snapshot."""
+        if self._workers.failure is not None:
+            return "broken"
+        if self._closing:
+            return "shut down"
+        return f"{len(self._workers.all)} workers, {len(self._waiting)} jobs waiting"
+
+    def _wake(self) -> None:
+        self._listening = False
+        with suppress(OSError):  # a byte is there already, or the thread has ended
+            self._bell.send(b"\0")
+
+    def _begin(self) -> None:
+        self._prepare()
+        for _ in range(self._at_once):
+            self._workers.start_one()
+        # Not a daemon: the exit of the interpreter closes it and waits for it.
+        thread = threading.Thread(target=self._run, name="DBPoolDispatcher")
+        thread.start()
+        self._thread = thread
+        _exit.dispatchers.add(self)
+
+    # -- The thread -----------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._is_over():
+                self._act()
+                self._settle()
+                self._wait()
+        except BaseException:
+            log.critical("the dispatcher failed, its jobs are lost", exc_info=True)
+            self._abandon()
+        finally:
+            self._free()
+
+    def _is_ending(self) -> bool:
+        return self._closing or self._workers.failure is not None
+
+    def _is_over(self) -> bool:
+        if not self._is_ending() or self._workers.all or self._answers:
+            return False
+        with self._lock:
+            return not self._waiting
+
+    def _act(self) -> None:
+        """Do all that can be done without waiting."""
+        workers = self._workers
+        if self._signal is not None:
+            send, self._signal = self._signal, None
+            self._killed = True
+            for worker in workers.all.values():
+                send(worker.body)
+        if self._cancelling or workers.failure is not None:
+            self._drop_waiting()
+        while self._waiting and workers.idle:
+            job = self._waiting.popleft()
+            if job.take():
+                workers.give(job)
+        for _ in range(workers.starts_due(len(self._waiting))):
+            workers.start_one()
+        if self._is_ending() and not self._waiting:
+            workers.tell_all_to_leave()
+
+    def _wait(self) -> None:
+        workers = self._workers
+        self._listening = bool(workers.idle) or workers.has_room
+        # Looked at again now that the flag is up: what came in between rang no bell.
+        waiting = len(self._waiting)
+        busy = waiting and (workers.idle or workers.starts_due(waiting))
+        if busy or self._answers or self._is_over():
+            timeout: float | None = 0.0
+        else:
+            timeout = workers.seconds_to_deadline(waiting)
+        events = self._selector.select(timeout)
+        self._listening = False
+        for key, mask in events:
+            if key.data is None:
+                with suppress(BlockingIOError):
+                    self._ear.recv(4096)
+                continue
+            worker: Worker = key.data
+            if mask & selectors.EVENT_WRITE:
+                workers.watch(worker, sent=worker.body.channel.flush())
+            if mask & selectors.EVENT_READ:
+                self._receive(worker)
+        workers.kill_overdue()
+
+    def _receive(self, worker: Worker) -> None:
+        try:
+            messages = worker.body.channel.receive()
+        except EOFError:
+            answers, again = self._workers.bury(worker)
+            self._answers += answers
+            self._waiting.extendleft(reversed(again))
+            return
+        for message in messages:
+            if message.kind is Kind.READY:
+                self._workers.note_ready(worker)
+            elif message.kind is Kind.START_FAILURE:
+                worker.start_failure = message.parts
+            else:
+                job = self._workers.take_answer(worker)
+                self._answers.append(Answer(job.future, message))
+
+    def _settle(self) -> None:
+        answers, self._answers = self._answers, []
+        for answer in answers:
+            answer.settle()
+
+    def _drop_waiting(self) -> None:
+        """Cancel what waits, or fail it where it cannot be cancelled any more."""
+        failure = self._workers.failure
+        kept = []
+        while self._waiting:
+            job = self._waiting.popleft()
+            if failure is not None:
+                if job.take():
+                    self._answers.append(Answer(job.future, failure.error()))
+            elif job.cancel():
+                pass
+            elif self._killed:
+                lost = WorkerDiedError(None, None, Outcome.NEVER_STARTED)
+                self._answers.append(Answer(job.future, lost))
+            else:
+                kept.append(job)
+        self._waiting.extend(kept)
+
+    def _abandon(self) -> None:
+        """Leave no future pending and no worker behind, after a fault of our own."""
+        with self._lock:
+            self._closing = True
+        self._killed = True
+        self._drop_waiting()
+        for worker in self._workers.all.values():
+            worker.body.kill()
+            worker.body.bury()
+            for job in worker.sent:
+                error = OutcomeUnknownError("the executor's own thread failed")
+                self._answers.append(Answer(job.future, error))
+        self._settle()
+
+    def _free(self) -> None:
+        self._selector.close()
+        self._bell.close()
+        self._ear.close()
+
+
+class _InterpreterExit:
+    """Lets the jobs of all executors end before the interpreter does."""
+
+    def __init__(self) -> None:
+        self.has_begun = False
+        self.dispatchers: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
+
+    def begin(self) -> None:
+        self.has_begun = True
+        dispatchers = list(self.dispatchers)
+        for dispatcher in dispatchers:
+            dispatcher.close()
+        for dispatcher in dispatchers:
+            dispatcher.join()
+
+
+_exit = _InterpreterExit()
+# An atexit handler would run too late: since 3.12 no thread or process starts by then.
+# concurrent.futures.process registers itself in the same way.
+threading._register_atexit(_exit.begin)  # type: ignore[attr-defined]

@@ -1,0 +1,140 @@
+"""Exceptions as they cross between processes.
+
+Runs in both processes. What a job raised arrives as itself wherever that is possible,
+and always with the traceback that the worker saw.
+"""
+
+from __future__ import annotations
+
+import pickle
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ._boundary import BoundaryPickler, Buffer, pickled
+from ._places import full_name
+from .errors import DBPoolError, JobFailedError, Outcome, WorkerTraceback
+
+
+def dumps_exception(exc: BaseException) -> list[Buffer]:
+    """Pickle an exception so that the other process can always tell what it was.
+
+    The exception travels as itself where its pickle gives it back; else rebuilt
+    without its constructor, with the parts that do not pickle replaced by their
+    ``repr``; else as its name and text.
+
+    Args:
+        exc: What the job raised.
+
+    Returns:
+        An account that is always readable, then the exception itself and its cause,
+        each empty where it cannot be rebuilt.
+    """
+    outcome, cause = Outcome.ROLLED_BACK, None
+    if isinstance(exc, DBPoolError):
+        # In the other process __cause__ holds the worker's traceback, which tells of
+        # the whole chain; only for our own errors is the cause a part of what is said.
+        outcome, cause = exc.outcome or outcome, exc.__cause__
+    account = (full_name(type(exc)), _text_of(exc, str), _traceback_of(exc), outcome)
+    return [
+        pickle.dumps(account),
+        _portable(exc),
+        b"" if cause is None else _portable(cause),
+    ]
+
+
+def loads_exception(parts: Sequence[Buffer]) -> BaseException:
+    """Rebuild what :func:`dumps_exception` pickled; never raises.
+
+    Returns:
+        The exception, or a JobFailedError in its place, with the worker's traceback
+        as its cause.
+    """
+    class_name, text, worker_traceback, outcome = pickle.loads(parts[0])
+    exc, inner = (_rebuilt(part) for part in parts[1:])
+    if exc is None:
+        exc = JobFailedError(class_name, text, outcome)
+    cause: BaseException = WorkerTraceback(worker_traceback)
+    if inner is not None:
+        set_cause(inner, cause)
+        cause = inner
+    set_cause(exc, cause)
+    return exc
+
+
+def set_cause(exc: BaseException, cause: BaseException) -> None:
+    """Set ``__cause__``, also where a class guards its attributes."""
+    # A frozen dataclass refuses plain assignment.
+    BaseException.__setattr__(exc, "__cause__", cause)
+
+
+def _rebuilt(data: Buffer) -> BaseException | None:
+    try:
+        exc = pickle.loads(data)
+    except BaseException:  # it runs the class's own code, which may do anything
+        return None
+    return exc if isinstance(exc, BaseException) else None
+
+
+def _portable(exc: BaseException) -> Buffer:
+    try:
+        data = pickled(exc, pickler=_ExceptionPickler)
+        return data if type(pickle.loads(data)) is type(exc) else b""
+    except Exception:
+        return b""
+
+
+class _ExceptionPickler(BoundaryPickler):
+    """Takes apart every exception that its own pickle does not give back."""
+
+    def reducer_override(self, obj: object) -> Any:
+        if isinstance(obj, BaseException) and not _gives_itself_back(obj):
+            args = tuple(_or_text(arg) for arg in obj.args)
+            state = {k: _or_text(v) for k, v in vars(obj).items()}
+            return _put_together, (type(obj), args, state)
+        return super().reducer_override(obj)
+
+
+def _put_together(
+    cls: type[BaseException], args: tuple[object, ...], state: dict[str, object]
+) -> BaseException:
+    # A constructor that takes other arguments than it leaves in `args` cannot be
+    # called with them, so none is.
+    exc = cls.__new__(cls, *args)
+    BaseException.__setattr__(exc, "args", args)
+    vars(exc).update(state)
+    return exc
+
+
+def _gives_itself_back(exc: BaseException) -> bool:
+    try:
+        twin = pickle.loads(pickled(exc))
+        return (
+            type(twin) is type(exc)
+            and str(twin) == str(exc)
+            and repr(twin.args) == repr(exc.args)
+        )
+    except Exception:
+        return False
+
+
+def _or_text(value: object) -> object:
+    try:
+        pickle.loads(pickled(value, pickler=_ExceptionPickler))
+    except Exception:
+        return _text_of(value, repr)
+    return value
+
+
+def _text_of(value: object, to_text: Callable[[object], str]) -> str:
+    try:
+        return to_text(value)
+    except Exception:
+        return object.__repr__(value)
+
+
+def _traceback_of(exc: BaseException) -> str:
+    try:
+        return "".join(traceback.format_exception(exc))
+    except Exception:  # a class whose notes or attributes raise
+        return "".join(traceback.format_tb(exc.__traceback__))

@@ -1,0 +1,339 @@
+"""The executor as its user sees it.
+
+Runs in the parent. The way of a job::
+
+    submit() --Job--> Dispatcher --Message(JOB)--> worker: main() --> Database.run()
+       |                  |                                               |
+     Future <--Answer-- settle() <--Message(RESULT or FAILURE)------------+
+
+The caller's thread pickles the call and queues it. The dispatcher, one thread for each
+executor, sends it over the private channel of an idle worker and settles the future
+with what comes back. The worker runs the job as one transaction.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor, Future
+from functools import partial
+from multiprocessing.context import BaseContext
+from types import TracebackType
+from typing import Any, ParamSpec, Self, TypeVar
+
+from sqlalchemy import URL, Engine
+
+from ._arguments import (
+    check_count,
+    check_pickles,
+    default_context,
+    default_max_workers,
+    factory_of,
+)
+from ._boundary import dumps_call
+from ._dispatcher import Dispatcher
+from ._inheritance import AnyEngine, dispose_all, engines_of
+from ._job import Job, JobFuture
+from ._local import LocalWorker
+from ._options import DEFAULTS, JobOptions, dumps_options
+from ._worker import WorkerSetup, run_chunk
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+INTERRUPT_GRACE = 5.0
+"""Seconds that running transactions get to end after a Ctrl-C."""
+
+
+class _JobExecutor(Executor):
+    """What an executor and its views have in common."""
+
+    _dispatcher: Dispatcher
+    _options: JobOptions
+
+    def submit(
+        self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Future[T]:
+        """Schedule a job: one call, run in a worker as one transaction.
+
+        Args:
+            fn: A function that the worker can import.
+            *args: Plain values for it.
+            **kwargs: Plain values for it; none of them is taken by the executor.
+
+        Returns:
+            A future. Its result is there once the transaction is committed; what it
+            raises says what happened to the transaction, see
+            :mod:`dbpool_executor.errors`. A call that does not pickle fails there too.
+
+        Raises:
+            RuntimeError: The executor was shut down, or this is a forked copy of the
+                process that made it.
+            WorkerStartError: Workers cannot start; the executor is broken.
+        """
+        future = JobFuture[T]()
+        try:
+            call = dumps_call(fn, args, kwargs)
+        except Exception as exc:
+            self._dispatcher.check_open()
+            future.set_exception(exc)
+        else:
+            self._dispatcher.add(Job(future, [call, *dumps_options(self._options)]))
+        return future
+
+    def map(
+        self,
+        fn: Callable[..., T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
+    ) -> Iterator[T]:
+        """Run a call for each set of arguments and give the results in order.
+
+        Args:
+            fn: A function that the worker can import.
+            *iterables: As for the builtin ``map``.
+            timeout: Seconds from now until every result must be there; None for no
+                bound.
+            chunksize: How many calls make one job, and so one transaction: all of the
+                chunk is committed or none of it. Larger chunks write faster.
+            buffersize: How many jobs may be submitted whose results were not yet
+                taken; None submits everything at once. With it, the iterables may be
+                endless.
+
+        Returns:
+            An iterator. Closing it cancels what has not started.
+
+        Raises:
+            TypeError: ``buffersize`` is not an integer.
+            ValueError: ``chunksize`` or ``buffersize`` is below 1.
+            TimeoutError: From the iterator: a result was not there in time.
+            Exception: From the iterator: whatever a call raised.
+        """
+        if chunksize < 1:
+            raise ValueError(f"chunksize must be >= 1, not {chunksize}")
+        if buffersize is not None:
+            check_count("buffersize", buffersize)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        calls = zip(*iterables)
+        if chunksize == 1:
+            return _results((self.submit(fn, *c) for c in calls), buffersize, deadline)
+        chunks = iter(lambda: tuple(itertools.islice(calls, chunksize)), ())
+        jobs = (self.submit(run_chunk, fn, chunk) for chunk in chunks)
+        return _flattened(_results(jobs, buffersize, deadline))
+
+    def _options_with(self, commit: bool | None) -> JobOptions:
+        return self._options if commit is None else self._options._replace(commit=commit)
+
+
+class DBPoolExecutor(_JobExecutor):
+    """Runs jobs that use a database in worker processes, each as one transaction.
+
+    Args:
+        engine_factory: A callable without arguments that makes an Engine, called once
+            in each worker; it must pickle. Or a URL, which stands for
+            ``create_engine(url)``.
+        max_workers: Upper bound on worker processes; the number of processors by
+            default. Each opens its own connections, so the server must allow
+            ``max_workers`` times the pool size of one engine.
+        mp_context: Gives the start method, such as
+            ``multiprocessing.get_context("spawn")``. By default forkserver, or spawn
+            where there is no forkserver or the program has chosen spawn. Fork must be
+            asked for.
+        initializer: Called in each worker, as a transaction of its own, after its
+            engine and session exist and before its first job.
+        initargs: Its positional arguments.
+        max_tasks_per_child: Jobs after which a worker is replaced by a new one; by
+            default it lives as long as the executor.
+        parent_engine: An Engine or AsyncEngine that this process itself uses, or
+            several; its idle connections are closed before the first worker starts.
+        session_options: Keyword arguments for the ``sessionmaker`` of each worker.
+
+    Raises:
+        TypeError: An argument is of the wrong kind, or cannot be sent to a worker.
+        ValueError: A number is below 1, or the URL names an asynchronous driver.
+        sqlalchemy.exc.ArgumentError: The URL cannot be parsed.
+    """
+
+    def __init__(
+        self,
+        engine_factory: Callable[[], Engine] | str | URL,
+        max_workers: int | None = None,
+        mp_context: BaseContext | None = None,
+        initializer: Callable[..., object] | None = None,
+        initargs: tuple[Any, ...] = (),
+        *,
+        max_tasks_per_child: int | None = None,
+        parent_engine: AnyEngine | Iterable[AnyEngine] | None = None,
+        session_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        factory = factory_of(engine_factory)
+        if max_workers is None:
+            max_workers = default_max_workers()
+        check_count("max_workers", max_workers)
+        if max_tasks_per_child is not None:
+            check_count("max_tasks_per_child", max_tasks_per_child)
+        if initializer is not None and not callable(initializer):
+            raise TypeError("initializer must be a callable")
+        context = default_context() if mp_context is None else mp_context
+        forks = context.get_start_method() == "fork"
+        options = dict(session_options or {})
+        if not forks:
+            check_pickles("initializer", initializer)
+            check_pickles("session_options", options)
+        setup = WorkerSetup(factory, options, initializer, tuple(initargs))
+        self._options = DEFAULTS
+        self._max_workers = max_workers
+        self._dispatcher = Dispatcher(
+            partial(LocalWorker, context, setup),
+            partial(dispose_all, engines_of(parent_engine)),
+            max_workers,
+            max_tasks_per_child,
+            forks=forks,
+        )
+        # Not __del__: the dispatcher outlives a forgotten executor until its jobs are
+        # done, and knows nothing of it.
+        weakref.finalize(self, self._dispatcher.close).atexit = False
+
+    def options(self, *, commit: bool | None = None) -> Executor:
+        """Give a view on the same workers whose jobs run with other options.
+
+        Args:
+            commit: Whether the worker commits when a job returns; True by default. If
+                not, the job commits for itself, and what it leaves uncommitted is
+                rolled back.
+
+        Returns:
+            An executor. Options that are not given are as here; to shut it down is to
+            shut down this one.
+        """
+        return _View(self, self._options_with(commit))
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more jobs, and end the workers when those taken are done.
+
+        Args:
+            wait: Whether to return only when every worker has ended.
+            cancel_futures: Whether to cancel the jobs that have not started.
+        """
+        self._dispatcher.shutdown(cancel=cancel_futures)
+        if wait:
+            self._dispatcher.join()
+
+    def terminate_workers(self) -> None:
+        """End all workers with SIGTERM, now, and cancel the jobs that wait.
+
+        A job that is running ends with what its transaction came to, as for any worker
+        that dies. Afterwards the executor is shut down.
+        """
+        self._dispatcher.signal_workers(LocalWorker.terminate)
+
+    def kill_workers(self) -> None:
+        """Do as :meth:`terminate_workers` does, with SIGKILL."""
+        self._dispatcher.signal_workers(LocalWorker.kill)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if exc_type is not None and issubclass(exc_type, KeyboardInterrupt):
+            self._interrupt()
+            return
+        try:
+            self.shutdown(wait=True)
+        except KeyboardInterrupt:
+            self._interrupt()
+            raise
+
+    def _interrupt(self) -> None:
+        """Cancel what waits, give running transactions a while to end, then kill."""
+        self._dispatcher.shutdown(cancel=True)
+        try:
+            self._dispatcher.join(INTERRUPT_GRACE)
+        finally:  # also at a second Ctrl-C
+            self.kill_workers()
+            self._dispatcher.join()
+
+    def __repr__(self) -> str:
+        return (
+            f"<DBPoolExecutor max_workers={self._max_workers}: "
+            f"{self._dispatcher.describe()}>"
+        )
+
+
+class _View(_JobExecutor):
+    """The workers of an executor, with other options for the jobs."""
+
+    def __init__(self, executor: DBPoolExecutor, options: JobOptions) -> None:
+        self._executor = executor  # as long as a view lives, so does its executor
+        self._dispatcher = executor._dispatcher
+        self._options = options
+
+    def options(self, *, commit: bool | None = None) -> Executor:
+        """Do as :meth:`DBPoolExecutor.options` does, from this view's options."""
+        return _View(self._executor, self._options_with(commit))
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Shut down the executor itself."""
+        self._executor.shutdown(wait, cancel_futures=cancel_futures)
+
+    def __repr__(self) -> str:
+        return f"<{self._options!r} on {self._executor!r}>"
+
+
+def _results(
+    jobs: Iterator[Future[T]], buffersize: int | None, deadline: float | None
+) -> Iterator[T]:
+    # Submitted now and not at the first next(), as map() does everywhere.
+    futures = deque(itertools.islice(jobs, buffersize))
+    return _take_results(jobs, futures, deadline)
+
+
+def _take_results(
+    jobs: Iterator[Future[T]], futures: deque[Future[T]], deadline: float | None
+) -> Iterator[T]:
+    stopped: Exception | None = None
+    try:
+        while futures:
+            yield _take_result(futures, deadline)
+            if stopped is None:
+                try:
+                    futures.extend(itertools.islice(jobs, 1))
+                except Exception as exc:
+                    # The results of what was submitted come first.
+                    stopped = exc
+        if stopped is not None:
+            raise stopped
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def _take_result(futures: deque[Future[T]], deadline: float | None) -> T:
+    # A function of its own, so that the generator's frame keeps no result alive.
+    future = futures.popleft()
+    try:
+        if deadline is None:
+            return future.result()
+        return future.result(deadline - time.monotonic())
+    finally:
+        future.cancel()
+        del future
+
+
+def _flattened(lists: Iterator[list[T]]) -> Iterator[T]:
+    with contextlib.closing(lists):  # type: ignore[type-var]
+        for items in lists:
+            items.reverse()
+            while items:
+                yield items.pop()

@@ -1,0 +1,104 @@
+"""A job on its way, and how its future is settled.
+
+Runs in the parent.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+from ._boundary import Buffer, loads_result
+from ._channel import Kind, Message
+from ._exceptions import loads_exception, set_cause
+from .errors import ResultLostError
+
+log = logging.getLogger("dbpool_executor")
+
+T = TypeVar("T")
+
+
+class JobFuture(Future[T]):
+    """A future that raises its exception also when the exception is falsy.
+
+    ``Future.result()`` asks for its truth up to CPython 3.13.0 and returns None.
+    """
+
+    def result(self, timeout: float | None = None) -> T:
+        """Wait for the job and return its result.
+
+        Args:
+            timeout: Seconds to wait at most; None for no bound.
+
+        Raises:
+            TimeoutError: The job is not done by then.
+            CancelledError: The future was cancelled.
+            Exception: Whatever the job raised, or a DBPoolError.
+        """
+        error = self.exception(timeout)
+        if error is None:
+            return super().result()
+        try:
+            raise error
+        finally:
+            del error  # else the traceback and this frame hold each other
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A call on its way.
+
+    Attributes:
+        future: What the caller holds.
+        parts: The parts of its message.
+        deliveries: Workers that died over it before they had begun it.
+    """
+
+    future: Future[Any]
+    parts: Sequence[Buffer]
+    deliveries: int = 0
+
+    def take(self) -> bool:
+        """Say whether it is still to be done; from now on it cannot be cancelled."""
+        # Running already: it was sent to a worker that died before it began it.
+        return self.future.running() or self.future.set_running_or_notify_cancel()
+
+    def cancel(self) -> bool:
+        """Cancel it unless it was taken."""
+        if not self.future.cancel():
+            return False
+        # as_completed() and wait() hear of it only now.
+        self.future.set_running_or_notify_cancel()
+        return True
+
+
+class Answer(NamedTuple):
+    """What settles a future: a worker's message, or an error of the parent's own."""
+
+    future: Future[Any]
+    told: Message | BaseException
+
+    def settle(self) -> None:
+        """Give the future its result or exception, and run its callbacks."""
+        result = None
+        error: BaseException | None = None
+        if isinstance(self.told, BaseException):
+            error = self.told
+        elif self.told.kind is Kind.FAILURE:
+            error = loads_exception(self.told.parts)
+        else:
+            try:
+                result = loads_result(self.told.parts)
+            except BaseException as exc:  # also a SystemExit must not end the thread
+                error = ResultLostError(f"unpickling it raised {exc!r}")
+                set_cause(error, exc)
+        try:
+            if error is None:
+                self.future.set_result(result)
+            else:
+                self.future.set_exception(error)
+        except BaseException:
+            log.exception("a future or one of its callbacks refused its answer")

@@ -1,0 +1,89 @@
+"""Starts and ends worker processes on this machine.
+
+Runs in the parent. The only module that knows that a worker is a child process.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.context import BaseContext
+
+from ._channel import Channel, kept_by_child, make_ends
+from ._phase import PhaseRecord, Progress
+from ._worker import WorkerSetup, main
+
+_END_GRACE = 1.0  # seconds for a process to end after its channel has
+
+
+class LocalWorker:
+    """A worker process of this machine, its channel and its phase record.
+
+    Args:
+        context: Gives the start method.
+        setup: What the worker makes before its first job.
+
+    Raises:
+        Exception: Whatever the start of the process raises: the setup does not pickle,
+            or the system has no room for another process.
+    """
+
+    def __init__(self, context: BaseContext, setup: WorkerSetup) -> None:
+        word = context.RawArray("Q", 1)
+        self._record = PhaseRecord(word)
+        mine, theirs = make_ends()
+        mine.setblocking(False)
+        self.channel = Channel(mine)
+        self._process = context.Process(  # type: ignore[attr-defined]
+            target=main, args=(theirs, word, setup), name="DBPoolWorker"
+        )
+        try:
+            with theirs, kept_by_child(theirs), _sigint_blocked():
+                self._process.start()
+        except BaseException:
+            self.channel.close()
+            raise
+        self.pid: int = self._process.pid
+
+    def progress(self) -> Progress:
+        """Read the phase record, also after the worker's death."""
+        return self._record.read()
+
+    def terminate(self) -> None:
+        """Ask the system to end the worker with SIGTERM."""
+        self._process.terminate()
+
+    def kill(self) -> None:
+        """End the worker with SIGKILL."""
+        self._process.kill()
+
+    def bury(self) -> int | None:
+        """Free what is left of a worker whose channel has ended.
+
+        Returns:
+            The exit code, as in ``multiprocessing.Process.exitcode``.
+        """
+        self.channel.close()
+        # The channel ends with the process, unless the job closed it.
+        self._process.join(_END_GRACE)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        exitcode: int | None = self._process.exitcode
+        self._process.close()
+        return exitcode
+
+
+@contextmanager
+def _sigint_blocked() -> Iterator[None]:
+    # The child inherits the mask: a Ctrl-C before it ignores SIGINT would print a
+    # traceback from the middle of its imports. It unblocks the signal itself.
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)

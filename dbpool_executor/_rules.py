@@ -1,0 +1,74 @@
+"""What decides: pure functions over plain state, without I/O.
+
+Runs in the parent. The dispatcher calls them and does what they say.
+"""
+
+from __future__ import annotations
+
+from ._phase import Phase, Progress
+from .errors import Outcome
+
+START_ATTEMPTS = 3
+"""Workers in a row that may fail to start before the executor is broken."""
+
+DELIVERY_ATTEMPTS = 3
+"""Workers that may die over one job before they have begun it."""
+
+_FIRST_DELAY = 0.1  # seconds between a failed start and the next one
+_LONGEST_DELAY = 5.0
+
+
+def workers_to_start(
+    *, waiting: int, idle: int, starting: int, alive: int, max_workers: int
+) -> int:
+    """Say how many workers to start now.
+
+    Args:
+        waiting: Jobs not yet sent to a worker.
+        idle: Workers that are ready and have no job.
+        starting: Workers that are not ready yet.
+        alive: All workers that may still get jobs, idle and starting ones included.
+        max_workers: Upper bound on ``alive``.
+
+    Returns:
+        A number >= 0. An idle or starting worker is counted on before a new one.
+    """
+    return max(0, min(waiting - idle - starting, max_workers - alive))
+
+
+def delay_after_failed_start(failures: int, ready: int) -> float | None:
+    """Say what follows from a worker that ended before it was ready.
+
+    Args:
+        failures: Workers in a row that failed to start, this one included.
+        ready: Workers that are ready, idle or not.
+
+    Returns:
+        Seconds until the next start may be tried; None if the executor is broken,
+        which it is not while any worker is able to do its jobs.
+    """
+    if failures >= START_ATTEMPTS and not ready:
+        return None
+    doublings = min(failures - 1, 10)
+    return float(min(_FIRST_DELAY * 2**doublings, _LONGEST_DELAY))
+
+
+def outcome_at_end(job_number: int, progress: Progress) -> Outcome:
+    """Judge the first unanswered job of a worker whose channel has ended.
+
+    Jobs are answered in order, so no later job of that worker has begun.
+
+    Args:
+        job_number: Which job in the worker's life it is, counted from 1.
+        progress: What the worker's phase record says.
+
+    Returns:
+        NEVER_STARTED if it can go to another worker; else how it ended.
+    """
+    if progress.begun < job_number:
+        return Outcome.NEVER_STARTED
+    return {
+        Phase.RUNNING: Outcome.ROLLED_BACK,
+        Phase.COMMITTING: Outcome.UNKNOWN,
+        Phase.COMMITTED: Outcome.COMMITTED,
+    }[progress.phase]

@@ -1,0 +1,136 @@
+"""The loop of a worker: read a job, run it, answer it.
+
+Runs in a worker. :func:`main` is named by the parent and imported by the child.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Mapping, MutableSequence
+from contextlib import suppress
+from functools import partial
+from multiprocessing.util import Finalize
+from typing import Any, NamedTuple, TypeVar
+
+from sqlalchemy import Engine
+
+from ._boundary import loads_call
+from ._exceptions import dumps_exception, set_cause
+from ._places import full_name
+from ._channel import Channel, Kind, Message, own_end
+from ._database import Database
+from ._options import loads_options
+from ._phase import PhaseRecord
+from .errors import ArgumentsLostError
+
+
+T = TypeVar("T")
+
+
+class WorkerSetup(NamedTuple):
+    """What a worker needs before its first job."""
+
+    engine_factory: Callable[[], Engine]
+    session_options: Mapping[str, Any]
+    initializer: Callable[..., object] | None
+    initargs: tuple[Any, ...]
+
+
+def main(end: socket.socket, word: MutableSequence[int], setup: WorkerSetup) -> None:
+    """Run jobs until the parent has no more of them.
+
+    Args:
+        end: The worker's end of its channel.
+        word: Memory for the phase record.
+        setup: What to make before the first job.
+    """
+    _take_over_signals()
+    # Nothing of the interpreter's own end may run here: under fork and forkserver it
+    # would act on what was inherited. The lowest priority is the last to run.
+    Finalize(None, _leave, exitpriority=-1000)
+    own_end(end)
+    channel = Channel(end)
+    record = PhaseRecord(word)
+    database: Database | None = None
+    try:
+        try:
+            database = Database(setup.engine_factory, setup.session_options, record)
+            if setup.initializer is not None:
+                database.run(partial(_initialize, setup.initializer, setup.initargs))
+        except BaseException as exc:
+            channel.send(Kind.START_FAILURE, dumps_exception(exc))
+            return
+        channel.send(Kind.READY)
+        _serve(channel, database, record)
+    finally:
+        if database is not None:
+            with suppress(Exception):
+                database.dispose()
+
+
+def run_chunk(
+    fn: Callable[..., T], chunk: tuple[tuple[Any, ...], ...]
+) -> list[T]:
+    """Run the calls of one chunk of ``map()``: one job, so one transaction."""
+    return [fn(*args) for args in chunk]
+
+
+def _initialize(initializer: Callable[..., object], initargs: tuple[Any, ...]) -> None:
+    initializer(*initargs)
+
+
+def _serve(channel: Channel, database: Database, record: PhaseRecord) -> None:
+    while True:
+        try:
+            messages = channel.receive()
+        except EOFError:
+            return
+        while messages:
+            # Begun before it is unpickled: unpickling runs the caller's code too.
+            record.begin()
+            _answer(channel, database, messages.pop(0))
+
+
+def _answer(channel: Channel, database: Database, message: Message) -> None:
+    call, *encoded = message.parts
+    try:
+        fn, args, kwargs = loads_call(call)
+    except BaseException as exc:
+        error = ArgumentsLostError(f"{full_name(type(exc))}: {exc}")
+        set_cause(error, exc)
+        channel.send(Kind.FAILURE, dumps_exception(error))
+        return
+    options = loads_options(*map(bytes, encoded))
+    try:
+        parts = database.run(partial(fn, *args, **kwargs), commit=options.commit)
+    except Exception as exc:
+        trace = exc.__traceback__
+        while trace is not None and trace.tb_frame.f_globals.get("__package__") == (
+            __package__
+        ):
+            trace = trace.tb_next
+        channel.send(Kind.FAILURE, dumps_exception(exc.with_traceback(trace)))
+    else:
+        channel.send(Kind.RESULT, parts)
+
+
+def _take_over_signals() -> None:
+    # Ctrl-C reaches the whole group; what becomes of the jobs is for the parent to say.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # An event loop of the parent would be woken by this process's signals.
+    signal.set_wakeup_fd(-1)
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def _leave() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
+    os._exit(0)

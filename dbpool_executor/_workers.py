@@ -1,0 +1,273 @@
+"""The workers of one executor: who is idle, who starts, who leaves, who died.
+
+Runs in the parent, in the dispatcher's thread.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import selectors
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from . import _rules
+from ._boundary import Buffer
+from ._channel import Kind
+from ._exceptions import loads_exception, set_cause
+from ._job import Answer, Job
+from ._local import LocalWorker
+from .errors import (
+    DBPoolError,
+    Outcome,
+    OutcomeUnknownError,
+    ResultLostError,
+    WorkerDiedError,
+    WorkerStartError,
+    describe_exit,
+)
+
+log = logging.getLogger("dbpool_executor")
+
+LEAVE_GRACE = 5.0
+"""Seconds for a worker that has only to leave to dispose its engine and end."""
+
+
+class Failure(NamedTuple):
+    """Why workers cannot start: in words, and as an exception to be rebuilt."""
+
+    text: str
+    attempts: int
+    parts: Sequence[Buffer] | None
+
+    def error(self) -> WorkerStartError:
+        """Make an error object, so that each future has its own."""
+        error = WorkerStartError(self.text, self.attempts)
+        if self.parts is not None:
+            set_cause(error, loads_exception(self.parts))
+        return error
+
+
+class State(enum.Enum):
+    """The life of a worker."""
+
+    STARTING = "starting"
+    READY = "ready"
+    LEAVING = "leaving"  # was told that no more jobs will come
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """A worker and what is known of it."""
+
+    body: LocalWorker
+    state: State = State.STARTING
+    sent: deque[Job] = field(default_factory=deque)  # in order, not yet answered
+    answered: int = 0  # jobs in its life
+    deadline: float | None = None  # on time.monotonic(), once it has only to leave
+    start_failure: Sequence[Buffer] | None = None
+
+
+class Workers:
+    """All workers of one executor.
+
+    Args:
+        start: Starts one worker.
+        most: Upper bound on workers that may get jobs.
+        max_jobs: Jobs after which a worker is replaced; None for no bound.
+        selector: Where their channels are registered, each with its Worker as data.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[], LocalWorker],
+        most: int,
+        max_jobs: int | None,
+        selector: selectors.BaseSelector,
+    ) -> None:
+        self._start = start
+        self._most = most
+        self._max_jobs = max_jobs
+        self._selector = selector
+        self.all: dict[int, Worker] = {}  # by process id
+        self.idle: list[Worker] = []  # the last to become idle is the next to work
+        self.failure: Failure | None = None  # set once, when no worker can start
+        self._starting = 0
+        self._leaving = 0
+        self._failures = 0  # workers in a row that failed to start
+        self._next_start = 0.0  # on time.monotonic(): no start before it
+
+    # -- Starting ---------------------------------------------------------------
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another worker may be started."""
+        return self.failure is None and len(self.all) - self._leaving < self._most
+
+    def starts_due(self, waiting: int) -> int:
+        """Say how many workers to start now for the jobs that wait."""
+        if self.failure is not None or self._is_delayed():
+            return 0
+        return _rules.workers_to_start(
+            waiting=waiting,
+            idle=len(self.idle),
+            starting=self._starting,
+            alive=len(self.all) - self._leaving,
+            max_workers=self._most,
+        )
+
+    def start_one(self) -> None:
+        """Start a worker; a failure to do so counts as a failed start."""
+        try:
+            body = self._start()
+        except Exception as exc:
+            log.warning("a worker could not be started", exc_info=True)
+            self._note_failed_start(f"{type(exc).__name__}: {exc}", None)
+            return
+        worker = self.all[body.pid] = Worker(body)
+        self._starting += 1
+        self._selector.register(body.channel, selectors.EVENT_READ, worker)
+        log.debug("worker %s was started", body.pid)
+
+    def note_ready(self, worker: Worker) -> None:
+        """Note that a worker has its engine and its initializer has run."""
+        self._failures = 0
+        if worker.state is State.STARTING:
+            self._starting -= 1
+            worker.state = State.READY
+            self.idle.append(worker)
+        log.debug("worker %s is ready", worker.body.pid)
+
+    def _is_delayed(self) -> bool:
+        return bool(self._failures) and time.monotonic() < self._next_start
+
+    def _note_failed_start(self, text: str, parts: Sequence[Buffer] | None) -> None:
+        self._failures += 1
+        ready = len(self.all) - self._starting - self._leaving
+        delay = _rules.delay_after_failed_start(self._failures, ready)
+        if delay is None:
+            self.failure = Failure(text, self._failures, parts)
+            log.error("the executor is broken: %s", self.failure.error())
+            return
+        self._next_start = time.monotonic() + delay
+        log.warning("a worker failed to start (%s), next try in %.1f s", text, delay)
+
+    # -- Working ----------------------------------------------------------------
+
+    def give(self, job: Job) -> None:
+        """Send a job to an idle worker."""
+        worker = self.idle.pop()
+        worker.sent.append(job)
+        self.watch(worker, sent=worker.body.channel.send(Kind.JOB, job.parts))
+        if worker.answered + len(worker.sent) == self._max_jobs:
+            self._tell_to_leave(worker)
+
+    def take_answer(self, worker: Worker) -> Job:
+        """Note that a worker has answered its first job, and give that job."""
+        job = worker.sent.popleft()
+        worker.answered += 1
+        if not worker.sent:
+            if worker.state is State.READY:
+                self.idle.append(worker)
+            else:
+                worker.deadline = time.monotonic() + LEAVE_GRACE
+        return job
+
+    def watch(self, worker: Worker, *, sent: bool) -> None:
+        """Have the selector tell when a channel takes more, while it has to."""
+        events = selectors.EVENT_READ | (0 if sent else selectors.EVENT_WRITE)
+        if self._selector.get_key(worker.body.channel).events != events:
+            self._selector.modify(worker.body.channel, events, worker)
+
+    # -- Leaving ----------------------------------------------------------------
+
+    def tell_all_to_leave(self) -> None:
+        """Tell the workers without a job that no more will come."""
+        for worker in self.all.values():
+            if not worker.sent and worker.state is not State.LEAVING:
+                self._tell_to_leave(worker)
+
+    def _tell_to_leave(self, worker: Worker) -> None:
+        if worker.state is State.STARTING:
+            self._starting -= 1
+        elif worker in self.idle:
+            self.idle.remove(worker)
+        worker.state = State.LEAVING
+        self._leaving += 1
+        if not worker.sent:
+            worker.deadline = time.monotonic() + LEAVE_GRACE
+        self.watch(worker, sent=worker.body.channel.end_sending())
+
+    def kill_overdue(self) -> None:
+        """Kill the workers that were given time to leave and did not."""
+        now = time.monotonic()
+        for worker in self.all.values() if self._leaving else ():
+            if worker.deadline is not None and worker.deadline <= now:
+                log.warning("worker %s did not leave, it is killed", worker.body.pid)
+                worker.deadline = None
+                worker.body.kill()
+
+    def seconds_to_deadline(self, waiting: int) -> float | None:
+        """Say how long the thread may sleep; None for no bound."""
+        times = []
+        if self._leaving:
+            leaving = self.all.values()
+            times = [w.deadline for w in leaving if w.deadline is not None]
+        if waiting and self.has_room and self._failures:
+            times.append(self._next_start)
+        return max(0.0, min(times) - time.monotonic()) if times else None
+
+    # -- Dying ------------------------------------------------------------------
+
+    def bury(self, worker: Worker) -> tuple[list[Answer], list[Job]]:
+        """Judge a worker whose channel has ended, and free what is left of it.
+
+        Returns:
+            The answer of the job that ended with it, and the jobs to send again.
+        """
+        self._selector.unregister(worker.body.channel)
+        del self.all[worker.body.pid]
+        exitcode = worker.body.bury()
+        how = f"worker {worker.body.pid} {describe_exit(exitcode)}"
+        match worker.state:
+            case State.STARTING:
+                self._starting -= 1
+                text, parts = f"{how} while it started", worker.start_failure
+                if parts is not None:
+                    cause = loads_exception(parts)
+                    text = f"{type(cause).__name__}: {cause}"
+                self._note_failed_start(text, parts)
+            case State.LEAVING:
+                self._leaving -= 1
+            case State.READY if worker.sent:
+                log.warning("%s with a job, it is replaced", how)
+            case State.READY:
+                self.idle.remove(worker)
+                log.info("%s while it was idle", how)
+        if not worker.sent:
+            return [], []
+        job, *others = worker.sent
+        progress = worker.body.progress()
+        outcome = _rules.outcome_at_end(worker.answered + 1, progress)
+        if outcome is Outcome.NEVER_STARTED:
+            job.deliveries += 1
+            if job.deliveries < _rules.DELIVERY_ATTEMPTS:
+                return [], [job, *others]
+        error = _error_at_end(outcome, how, exitcode, worker.body.pid)
+        return [Answer(job.future, error)], others
+
+
+def _error_at_end(
+    outcome: Outcome, how: str, exitcode: int | None, pid: int
+) -> DBPoolError:
+    died = WorkerDiedError(exitcode, pid, outcome)
+    if outcome is Outcome.COMMITTED:
+        return ResultLostError(f"{how} before it was sent")
+    if outcome is Outcome.UNKNOWN:
+        error = OutcomeUnknownError(how)
+        set_cause(error, died)
+        return error
+    return died

@@ -1,0 +1,342 @@
+"""The errors of this package, and what each says of a job's transaction.
+
+Runs in both processes. ``args`` are the constructor's arguments and ``__str__``
+makes the sentence, so that every class pickles by the default rules.
+"""
+
+from __future__ import annotations
+
+import enum
+import signal
+from concurrent.futures.process import BrokenProcessPool
+
+__all__ = [
+    "ArgumentsLostError",
+    "DBPoolError",
+    "JobExitedError",
+    "JobFailedError",
+    "NotPlainError",
+    "Outcome",
+    "OutcomeUnknownError",
+    "OutsideJobError",
+    "ResultLostError",
+    "TransactionAbortedError",
+    "WorkerDiedError",
+    "WorkerStartError",
+    "WorkerTraceback",
+]
+
+
+class Outcome(enum.Enum):
+    """What is known of a failed job's transaction."""
+
+    ROLLED_BACK = "rolled back"
+    """The database holds nothing of the job. A promise."""
+
+    NEVER_STARTED = "never started"
+    """The job's function was never called. A promise."""
+
+    COMMITTED = "committed"
+    """The database holds the job's work; its result alone is lost."""
+
+    UNKNOWN = "unknown"
+    """COMMIT was under way: only the database can tell."""
+
+
+class DBPoolError(Exception):
+    """Base of every exception that this package itself raises.
+
+    Attributes:
+        outcome: What happened to the job's transaction; None where the error does
+            not end a job.
+    """
+
+    outcome: Outcome | None = None
+
+
+class NotPlainError(DBPoolError, TypeError):
+    """A value that is tied to a session or a connection was to cross processes.
+
+    Found in a result, the job is rolled back; found in an argument, it never starts.
+
+    Args:
+        place: Where the value sits, such as ``result['rows'][3]``.
+        type_name: The full name of its type.
+        remedy: What to pass instead.
+        outcome: ROLLED_BACK for a result, NEVER_STARTED for an argument.
+    """
+
+    outcome: Outcome
+
+    def __init__(
+        self, place: str, type_name: str, remedy: str, outcome: Outcome
+    ) -> None:
+        super().__init__(place, type_name, remedy, outcome)
+        self.place = place
+        self.type_name = type_name
+        self.remedy = remedy
+        self.outcome = outcome
+
+    def __str__(self) -> str:
+        article = "an" if self.type_name[:1].lower() in "aeiou" else "a"
+        return (
+            f"{self.place} is {article} {self.type_name}, which is tied to the process "
+            f"that made it and cannot leave it (the job was {self.outcome.value}); "
+            f"{self.remedy}"
+        )
+
+
+class OutsideJobError(DBPoolError, RuntimeError):
+    """``session`` or ``current_engine()`` was used where no job is running.
+
+    Args:
+        name: What was used.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name} was used outside a job: it exists only in a worker of a "
+            "DBPoolExecutor, in the thread that runs the job; call it from the "
+            "function that you submit, or make a Session of your own here"
+        )
+
+
+class JobFailedError(DBPoolError):
+    """The job raised an exception that cannot be rebuilt in this process.
+
+    Stands in for the exception: its class cannot be imported here, or its pickled
+    form raises. The worker's traceback is the ``__cause__``.
+
+    Args:
+        class_name: Full name of the exception's class.
+        text: What ``str()`` gave for it in the worker.
+        outcome: What happened to the job's transaction.
+    """
+
+    outcome: Outcome
+
+    def __init__(
+        self, class_name: str, text: str, outcome: Outcome = Outcome.ROLLED_BACK
+    ) -> None:
+        super().__init__(class_name, text, outcome)
+        self.class_name = class_name
+        self.text = text
+        self.outcome = outcome
+
+    def __str__(self) -> str:
+        return (
+            f"the job raised {self.class_name}: {self.text} (the exception itself does "
+            f"not pickle, so this stands in for it; the job was {self.outcome.value}); "
+            "define the class at the top level of a module that both processes import"
+        )
+
+
+class JobExitedError(DBPoolError):
+    """The job raised SystemExit or another exception that is meant to end a process.
+
+    The job is rolled back; neither the worker nor the parent exits.
+
+    Args:
+        text: What was raised, as ``repr()`` shows it.
+    """
+
+    outcome = Outcome.ROLLED_BACK
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+
+    def __str__(self) -> str:
+        return (
+            f"the job raised {self.text}, which would have ended its process; it was "
+            "rolled back; return a value or raise an Exception instead"
+        )
+
+
+class TransactionAbortedError(DBPoolError):
+    """The job swallowed a database error that had aborted its transaction.
+
+    PostgreSQL answers COMMIT with success there and stores nothing (PostgreSQL
+    documentation, "COMMIT" and "ROLLBACK"), so the job is rolled back instead.
+    """
+
+    outcome = Outcome.ROLLED_BACK
+
+    def __str__(self) -> str:
+        return (
+            "a database error inside the job aborted its transaction, and the job went "
+            "on without it; COMMIT would store nothing, so the job was rolled back; "
+            "let the error out of the job, or try the statement inside "
+            "session.begin_nested()"
+        )
+
+
+class ArgumentsLostError(DBPoolError, BrokenProcessPool):
+    """The function or its arguments could not be unpickled in the worker.
+
+    The job never started; the error of the unpickling is the ``__cause__``.
+
+    Args:
+        text: The error of the unpickling.
+    """
+
+    outcome = Outcome.NEVER_STARTED
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+
+    def __str__(self) -> str:
+        return (
+            f"the job could not be unpickled in the worker ({self.text}), so it never "
+            "started; pass a function that the worker can import and plain values"
+        )
+
+
+class ResultLostError(DBPoolError, BrokenProcessPool):
+    """The job was committed, and its result did not arrive.
+
+    Args:
+        text: What happened to the result.
+    """
+
+    outcome = Outcome.COMMITTED
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+
+    def __str__(self) -> str:
+        return (
+            f"the job was committed, but its result is lost: {self.text}; do not run "
+            "it again, read what it wrote from the database"
+        )
+
+
+class OutcomeUnknownError(DBPoolError, BrokenProcessPool):
+    """Contact was lost while COMMIT was under way.
+
+    The ``__cause__`` is what ended the contact.
+
+    Args:
+        text: What ended the contact.
+    """
+
+    outcome = Outcome.UNKNOWN
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+
+    def __str__(self) -> str:
+        return (
+            f"COMMIT was under way when {self.text}, so whether the job was committed "
+            "is not known; look for its rows in the database before you run it again"
+        )
+
+
+class WorkerDiedError(DBPoolError, BrokenProcessPool):
+    """The worker process ended while it had the job.
+
+    Args:
+        exitcode: As in ``multiprocessing.Process.exitcode``: a negative number is a
+            signal; None if it could not be read.
+        pid: Process id of the worker, for the system's own log.
+        outcome: ROLLED_BACK if COMMIT had not begun, which is what ends a job with
+            this error; NEVER_STARTED if worker after worker died before the job's
+            function was called; UNKNOWN as the cause of an OutcomeUnknownError.
+    """
+
+    outcome: Outcome
+
+    def __init__(
+        self,
+        exitcode: int | None,
+        pid: int | None = None,
+        outcome: Outcome = Outcome.ROLLED_BACK,
+    ) -> None:
+        super().__init__(exitcode, pid, outcome)
+        self.exitcode = exitcode
+        self.pid = pid
+        self.outcome = outcome
+
+    def __str__(self) -> str:
+        when = {
+            Outcome.ROLLED_BACK: "while it ran the job, before COMMIT began",
+            Outcome.NEVER_STARTED: "before it could call the job's function",
+        }.get(self.outcome, "while it ran the job")
+        return (
+            f"worker {self.pid} {describe_exit(self.exitcode)} {when} (the job's "
+            f"outcome: {self.outcome.value}); the worker is replaced and other jobs "
+            "are not affected; see the job's own log or the system's for the reason"
+        )
+
+
+class WorkerStartError(DBPoolError, BrokenProcessPool):
+    """Several workers in a row could not start; the executor is broken.
+
+    The ``__cause__`` holds what the last of them raised.
+
+    Args:
+        text: What the last worker raised, or how it ended.
+        attempts: How many workers in a row failed to start.
+    """
+
+    outcome = Outcome.NEVER_STARTED
+
+    def __init__(self, text: str, attempts: int) -> None:
+        super().__init__(text, attempts)
+        self.text = text
+        self.attempts = attempts
+
+    def __str__(self) -> str:
+        return (
+            f"{self.attempts} workers in a row failed to start, the last one: "
+            f"{self.text}; the executor is broken and its waiting jobs never started; "
+            "mend the engine factory, the initializer or the import that fails (see "
+            "the cause) and make a new executor"
+        )
+
+
+class WorkerTraceback(Exception):  # noqa: N818 - not raised: it is the cause of one
+    """The traceback of an exception as the worker saw it, kept as text.
+
+    Args:
+        text: The formatted traceback.
+    """
+
+    def __str__(self) -> str:
+        return f'\n"""\n{self.args[0]}"""'
+
+
+_LIKELY_CAUSES = {
+    "SIGKILL": "killed by the system for want of memory, or by kill -9",
+    "SIGSEGV": "a fault in an extension module",
+    "SIGABRT": "an assertion in an extension module",
+    "SIGTERM": "asked to end by another process, or by terminate_workers()",
+}
+
+
+def describe_exit(exitcode: int | None) -> str:
+    """Say in words how a process ended.
+
+    Args:
+        exitcode: As in ``multiprocessing.Process.exitcode``.
+
+    Returns:
+        A verb phrase, such as ``was ended by SIGKILL (…)`` or ``exited with code 3``.
+    """
+    if exitcode is None:
+        return "ended"
+    if exitcode >= 0:
+        return f"exited with code {exitcode}"
+    try:
+        name = signal.Signals(-exitcode).name
+    except ValueError:
+        return f"was ended by signal {-exitcode}"
+    cause = _LIKELY_CAUSES.get(name)
+    return f"was ended by {name}" + (f" ({cause})" if cause else "")
