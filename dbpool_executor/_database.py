@@ -10,12 +10,14 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import URL, Connection, Engine, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from sqlalchemy.pool import StaticPool
 
 from ._boundary import Buffer, dumps_result
+from ._inheritance import module_level_name, refuse_inherited
 from ._phase import Phase, PhaseRecord
 from ._places import full_name
 from .errors import (
@@ -67,6 +69,42 @@ def current_engine() -> Engine:
     return _running_database("current_engine()").engine
 
 
+def notes_on(engine: Engine) -> list[str]:
+    """Say what a worker will see of an engine that may surprise its user.
+
+    Args:
+        engine: What the engine factory returned.
+
+    Returns:
+        Texts for the parent's log.
+    """
+    notes = []
+    if _is_in_memory(engine.url):
+        notes.append(
+            f"the engine factory returns {engine!r}, a database in memory: each worker "
+            "has one of its own, empty at first, that no other process sees"
+        )
+    elif isinstance(engine.pool, StaticPool):
+        notes.append(
+            f"the engine factory returns {engine!r} with a StaticPool: session and "
+            "current_engine() share one connection in each worker, and so one "
+            "transaction"
+        )
+    if name := module_level_name(engine):
+        notes.append(
+            f"the engine factory returns {name}, the same engine at each call: what "
+            "jobs do with that global, they do with their worker's own engine"
+        )
+    return notes
+
+
+def _is_in_memory(url: URL) -> bool:
+    # sqlite.org/inmemorydb.html
+    if url.get_backend_name() != "sqlite":
+        return False
+    return not url.database or ":memory:" in url.database or "mode=memory" in str(url)
+
+
 class Database:
     """The engine and the sessions of one worker.
 
@@ -97,6 +135,7 @@ class Database:
                 f"the engine factory returned a {full_name(type(engine))}; it must "
                 "return what sqlalchemy.create_engine() returns"
             )
+        refuse_inherited(engine)
         self.engine = engine
         self.sessions = sessionmaker(**{"bind": engine, **session_options})
         self._record = record

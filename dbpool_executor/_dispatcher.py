@@ -240,7 +240,7 @@ class Dispatcher:
             return
         for message in messages:
             if message.kind is Kind.READY:
-                self._workers.note_ready(worker)
+                self._workers.note_ready(worker, message.parts)
             elif message.kind is Kind.START_FAILURE:
                 worker.start_failure = message.parts
             else:

@@ -36,10 +36,10 @@ from ._arguments import (
 )
 from ._boundary import dumps_call
 from ._dispatcher import Dispatcher
-from ._inheritance import AnyEngine, dispose_all, engines_of
 from ._job import Job, JobFuture
 from ._local import LocalWorker
 from ._options import DEFAULTS, JobOptions, dumps_options
+from ._parent import AnyEngine, engines_of, prepare
 from ._worker import WorkerSetup, run_chunk
 
 P = ParamSpec("P")
@@ -191,7 +191,7 @@ class DBPoolExecutor(_JobExecutor):
         self._max_workers = max_workers
         self._dispatcher = Dispatcher(
             partial(LocalWorker, context, setup),
-            partial(dispose_all, engines_of(parent_engine)),
+            partial(prepare, engines_of(parent_engine), forks=forks),
             max_workers,
             max_tasks_per_child,
             forks=forks,

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.context import BaseContext
 
+from ._inheritance import thorough
+from ._parent import prepare_fork
 from ._channel import Channel, kept_by_child, make_ends
 from ._phase import PhaseRecord, Progress
 from ._worker import WorkerSetup, main
@@ -25,11 +27,14 @@ class LocalWorker:
         setup: What the worker makes before its first job.
 
     Raises:
+        OpenConnectionsError: The start method is fork, and a SQLite file is open.
         Exception: Whatever the start of the process raises: the setup does not pickle,
             or the system has no room for another process.
     """
 
     def __init__(self, context: BaseContext, setup: WorkerSetup) -> None:
+        if context.get_start_method() == "fork":
+            prepare_fork()
         word = context.RawArray("Q", 1)
         self._record = PhaseRecord(word)
         mine, theirs = make_ends()
@@ -39,7 +44,7 @@ class LocalWorker:
             target=main, args=(theirs, word, setup), name="DBPoolWorker"
         )
         try:
-            with theirs, kept_by_child(theirs), _sigint_blocked():
+            with theirs, kept_by_child(theirs), thorough(), _sigint_blocked():
                 self._process.start()
         except BaseException:
             self.channel.close()

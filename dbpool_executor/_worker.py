@@ -19,9 +19,10 @@ from sqlalchemy import Engine
 
 from ._boundary import loads_call
 from ._exceptions import dumps_exception, set_cause
+from ._inheritance import bury_inherited
 from ._places import full_name
 from ._channel import Channel, Kind, Message, own_end
-from ._database import Database
+from ._database import Database, notes_on
 from ._options import loads_options
 from ._phase import PhaseRecord
 from .errors import ArgumentsLostError
@@ -52,6 +53,7 @@ def main(end: socket.socket, word: MutableSequence[int], setup: WorkerSetup) -> 
     # would act on what was inherited. The lowest priority is the last to run.
     Finalize(None, _leave, exitpriority=-1000)
     own_end(end)
+    notes = bury_inherited()
     channel = Channel(end)
     record = PhaseRecord(word)
     database: Database | None = None
@@ -60,10 +62,11 @@ def main(end: socket.socket, word: MutableSequence[int], setup: WorkerSetup) -> 
             database = Database(setup.engine_factory, setup.session_options, record)
             if setup.initializer is not None:
                 database.run(partial(_initialize, setup.initializer, setup.initargs))
+            notes += notes_on(database.engine)
         except BaseException as exc:
             channel.send(Kind.START_FAILURE, dumps_exception(exc))
             return
-        channel.send(Kind.READY)
+        channel.send(Kind.READY, [note.encode() for note in notes])
         _serve(channel, database, record)
     finally:
         if database is not None:

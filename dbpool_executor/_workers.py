@@ -95,6 +95,7 @@ class Workers:
         self.all: dict[int, Worker] = {}  # by process id
         self.idle: list[Worker] = []  # the last to become idle is the next to work
         self.failure: Failure | None = None  # set once, when no worker can start
+        self._notes: set[bytes] = set()  # that were logged
         self._starting = 0
         self._leaving = 0
         self._failures = 0  # workers in a row that failed to start
@@ -132,8 +133,16 @@ class Workers:
         self._selector.register(body.channel, selectors.EVENT_READ, worker)
         log.debug("worker %s was started", body.pid)
 
-    def note_ready(self, worker: Worker) -> None:
-        """Note that a worker has its engine and its initializer has run."""
+    def note_ready(self, worker: Worker, notes: Sequence[Buffer]) -> None:
+        """Note that a worker has its engine and its initializer has run.
+
+        Args:
+            worker: The worker.
+            notes: What it has to say of its engine; each text is logged once.
+        """
+        for note in set(map(bytes, notes)) - self._notes:
+            self._notes.add(note)
+            log.warning("%s", note.decode())
         self._failures = 0
         if worker.state is State.STARTING:
             self._starting -= 1

@@ -16,6 +16,7 @@ __all__ = [
     "JobExitedError",
     "JobFailedError",
     "NotPlainError",
+    "OpenConnectionsError",
     "Outcome",
     "OutcomeUnknownError",
     "OutsideJobError",
@@ -83,6 +84,30 @@ class NotPlainError(DBPoolError, TypeError):
             f"{self.place} is {article} {self.type_name}, which is tied to the process "
             f"that made it and cannot leave it (the job was {self.outcome.value}); "
             f"{self.remedy}"
+        )
+
+
+class OpenConnectionsError(DBPoolError, RuntimeError):
+    """Workers were to be forked while this process has connections in use.
+
+    Raised by ``submit()`` before anything is forked; nothing of this process is touched.
+
+    Args:
+        held: What is open, one text for each engine or file.
+    """
+
+    outcome = Outcome.NEVER_STARTED
+
+    def __init__(self, held: tuple[str, ...]) -> None:
+        super().__init__(held)
+        self.held = held
+
+    def __str__(self) -> str:
+        return (
+            f"no worker was forked: {'; '.join(self.held)}; a forked worker would "
+            "share what is open; close it before the first submit(), or submit a first "
+            "job before you open it, or leave out mp_context: the default start method "
+            "inherits nothing"
         )
 
 
