@@ -37,14 +37,15 @@ class Kind(enum.IntEnum):
     READY = 2  # worker to parent: it has its engine and its initializer has run
     RESULT = 3  # worker to parent: the first job not yet answered was committed
     FAILURE = 4  # worker to parent: the first job not yet answered failed
-    START_FAILURE = 5  # worker to parent: the factory or the initializer raised
+    RETURNED = 5  # worker to parent: the first job not yet answered was not begun
+    START_FAILURE = 6  # worker to parent: the factory or the initializer raised
 
 
 class Message(NamedTuple):
     """One message: its kind, and its parts as bytes."""
 
     kind: Kind
-    parts: Sequence[Buffer]
+    parts: Sequence[Buffer] = ()
 
 
 class Channel:
@@ -57,7 +58,7 @@ class Channel:
 
     def __init__(self, end: socket.socket) -> None:
         self._end = end
-        self._received = bytearray()  # not yet parsed
+        self._received = b""  # the beginning of a message
         self._large: _LargeMessage | None = None  # its parts are still arriving
         self._unsent: deque[memoryview] = deque()
         self._ending = False
@@ -88,23 +89,30 @@ class Channel:
             raise EOFError from exc
         if not data:
             raise EOFError
-        self._received += data
-        return list(self._parsed())
+        if self._received:
+            data, self._received = self._received + data, b""
+        return self._parse(data)
 
-    def send(self, kind: Kind, parts: Sequence[Buffer] = ()) -> bool:
-        """Send a message, or as much of it as the socket takes now.
+    def send(self, *messages: Message) -> bool:
+        """Send messages, or as much of them as the socket takes now.
 
         Returns:
             As for :meth:`flush`.
         """
-        views = [memoryview(part).cast("B") for part in parts]
-        lengths = [len(view) for view in views]
-        head = _HEAD.pack(kind, len(views)) + struct.pack(f"<{len(views)}Q", *lengths)
-        if sum(lengths) <= _COPY_LIMIT:
-            self._unsent.append(memoryview(b"".join((head, *views))))
-        else:
-            self._unsent.append(memoryview(head))
-            self._unsent.extend(view for view in views if view)
+        small: list[Buffer] = []  # in one call to the system
+        for kind, parts in messages:
+            lengths = [memoryview(part).nbytes for part in parts]
+            head = struct.pack(f"<BI{len(lengths)}Q", kind, len(lengths), *lengths)
+            small.append(head)
+            if sum(lengths) <= _COPY_LIMIT:
+                small += parts
+            else:
+                self._unsent.append(memoryview(b"".join(small)))
+                small = []
+                views = (memoryview(part).cast("B") for part in parts)
+                self._unsent.extend(view for view in views if view)
+        if small:
+            self._unsent.append(memoryview(b"".join(small)))
         return self.flush()
 
     def flush(self) -> bool:
@@ -147,29 +155,30 @@ class Channel:
         self._unsent.clear()
         self._end.close()
 
-    def _parsed(self) -> Iterator[Message]:
-        received = self._received
+    def _parse(self, data: bytes) -> list[Message]:
+        messages: list[Message] = []
         start = 0
-        while len(received) - start >= _HEAD.size:
-            kind, count = _HEAD.unpack_from(received, start)
+        while len(data) - start >= _HEAD.size:
+            kind, count = _HEAD.unpack_from(data, start)
             body = start + _HEAD.size + count * _LENGTH
-            if len(received) < body:
+            if len(data) < body:
                 break
-            lengths = struct.unpack_from(f"<{count}Q", received, start + _HEAD.size)
+            lengths = struct.unpack_from(f"<{count}Q", data, start + _HEAD.size)
             end = body + sum(lengths)
-            if len(received) < end:
+            if len(data) < end:
                 if end - start > _COPY_LIMIT:
                     # Received straight into its parts from here on, not copied twice.
-                    self._large = _LargeMessage(Kind(kind), lengths, received[body:])
-                    start = len(received)
+                    self._large = _LargeMessage(Kind(kind), lengths, data[body:])
+                    return messages
                 break
-            parts = []
+            parts: list[Buffer] = []
             for length in lengths:
-                parts.append(bytes(received[body : body + length]))
+                parts.append(data[body : body + length])
                 body += length
-            yield Message(Kind(kind), parts)
+            messages.append(Message(Kind(kind), parts))
             start = end
-        del received[:start]
+        self._received = data[start:]
+        return messages
 
     def _receive_large(self, large: _LargeMessage) -> list[Message]:
         count = self._end.recv_into(large.missing[0])
@@ -185,7 +194,7 @@ class Channel:
 class _LargeMessage:
     """A message whose parts are allocated and arrive in place."""
 
-    def __init__(self, kind: Kind, lengths: Sequence[int], begun: bytearray) -> None:
+    def __init__(self, kind: Kind, lengths: Sequence[int], begun: bytes) -> None:
         self.kind = kind
         self.parts = [bytearray(length) for length in lengths]
         self.missing = deque(memoryview(part) for part in self.parts if part)

@@ -6,7 +6,9 @@ it sends the jobs that wait to idle workers, and settles the futures of those an
 
 from __future__ import annotations
 
+import itertools
 import logging
+import operator
 import os
 import selectors
 import threading
@@ -20,6 +22,8 @@ from ._job import Answer, Job
 from ._local import LocalWorker
 from ._workers import Worker, Workers
 from .errors import Outcome, OutcomeUnknownError, WorkerDiedError
+
+_KIND_OF = operator.attrgetter("kind")
 
 log = logging.getLogger("dbpool_executor")
 
@@ -87,11 +91,7 @@ class Dispatcher:
 
     def check_open(self) -> None:
         """Raise as :meth:`add` would."""
-        if self._pid != os.getpid():
-            raise RuntimeError(
-                "this executor belongs to the process that made it, and this is a "
-                "forked copy of that process; make a new executor here"
-            )
+        self.check_owner()
         if self._workers.failure is not None:
             raise self._workers.failure.error()
         if self._closing:
@@ -99,12 +99,25 @@ class Dispatcher:
         if _exit.has_begun:
             raise RuntimeError("cannot schedule new futures after interpreter shutdown")
 
+    def check_owner(self) -> None:
+        """Refuse to work in a forked copy of the process that made the executor.
+
+        Raises:
+            RuntimeError: This is such a copy.
+        """
+        if self._pid != os.getpid():
+            raise RuntimeError(
+                "this executor belongs to the process that made it, and this is a "
+                "forked copy of that process; make a new executor here"
+            )
+
     def shutdown(self, *, cancel: bool) -> None:
         """Take no more jobs, and end once those taken are answered.
 
         Args:
             cancel: Whether to cancel the jobs that have not been sent.
         """
+        self.check_owner()
         with self._lock:
             self._cancelling = self._cancelling or cancel
             self.close()
@@ -197,10 +210,8 @@ class Dispatcher:
                 send(worker.body)
         if self._cancelling or workers.failure is not None:
             self._drop_waiting()
-        while self._waiting and workers.idle:
-            job = self._waiting.popleft()
-            if job.take():
-                workers.give(job)
+        self._waiting.extendleft(reversed(workers.take_back()))
+        workers.send_from(self._waiting)
         for _ in range(workers.starts_due(len(self._waiting))):
             workers.start_one()
         if self._is_ending() and not self._waiting:
@@ -208,11 +219,13 @@ class Dispatcher:
 
     def _wait(self) -> None:
         workers = self._workers
+        # A busy worker is sent more when it answers: what is submitted until then adds
+        # up to a full message.
         self._listening = bool(workers.idle) or workers.has_room
         # Looked at again now that the flag is up: what came in between rang no bell.
         waiting = len(self._waiting)
-        busy = waiting and (workers.idle or workers.starts_due(waiting))
-        if busy or self._answers or self._is_over():
+        due = waiting and (workers.idle or workers.starts_due(waiting))
+        if due or self._answers or self._is_over():
             timeout: float | None = 0.0
         else:
             timeout = workers.seconds_to_deadline(waiting)
@@ -238,14 +251,21 @@ class Dispatcher:
             self._answers += answers
             self._waiting.extendleft(reversed(again))
             return
-        for message in messages:
-            if message.kind is Kind.READY:
-                self._workers.note_ready(worker, message.parts)
-            elif message.kind is Kind.START_FAILURE:
-                worker.start_failure = message.parts
-            else:
-                job = self._workers.take_answer(worker)
-                self._answers.append(Answer(job.future, message))
+        for kind, run in itertools.groupby(messages, _KIND_OF):
+            if kind is Kind.RESULT or kind is Kind.FAILURE:
+                told = list(run)
+                jobs = self._workers.take_answers(worker, len(told))
+                self._answers += [Answer(j.future, m) for j, m in zip(jobs, told)]
+                continue
+            for message in run:
+                if kind is Kind.READY:
+                    self._workers.note_ready(worker, message.parts)
+                elif kind is Kind.START_FAILURE:
+                    worker.start_failure = message.parts
+                elif kind is Kind.RETURNED:
+                    number = int.from_bytes(message.parts[0])
+                    again = self._workers.take_returned(worker, number)
+                    self._waiting.extendleft(again)
 
     def _settle(self) -> None:
         answers, self._answers = self._answers, []

@@ -54,16 +54,18 @@ class Job:
     Attributes:
         future: What the caller holds.
         parts: The parts of its message.
+        number: Which job it is in the life of the worker that has it.
         deliveries: Workers that died over it before they had begun it.
     """
 
     future: Future[Any]
     parts: Sequence[Buffer]
+    number: int = 0
     deliveries: int = 0
 
     def take(self) -> bool:
         """Say whether it is still to be done; from now on it cannot be cancelled."""
-        # Running already: it was sent to a worker that died before it began it.
+        # Running already: it was sent to a worker that did not begin it.
         return self.future.running() or self.future.set_running_or_notify_cancel()
 
     def cancel(self) -> bool:

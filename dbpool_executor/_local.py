@@ -13,7 +13,7 @@ from multiprocessing.context import BaseContext
 from ._inheritance import thorough
 from ._parent import prepare_fork
 from ._channel import Channel, kept_by_child, make_ends
-from ._phase import PhaseRecord, Progress
+from ._phase import WORDS, PhaseRecord, Progress
 from ._worker import WorkerSetup, main
 
 _END_GRACE = 1.0  # seconds for a process to end after its channel has
@@ -35,13 +35,13 @@ class LocalWorker:
     def __init__(self, context: BaseContext, setup: WorkerSetup) -> None:
         if context.get_start_method() == "fork":
             prepare_fork()
-        word = context.RawArray("Q", 1)
-        self._record = PhaseRecord(word)
+        words = context.RawArray("Q", WORDS)
+        self._record = PhaseRecord(words)
         mine, theirs = make_ends()
         mine.setblocking(False)
         self.channel = Channel(mine)
         self._process = context.Process(  # type: ignore[attr-defined]
-            target=main, args=(theirs, word, setup), name="DBPoolWorker"
+            target=main, args=(theirs, words, setup), name="DBPoolWorker"
         )
         try:
             with theirs, kept_by_child(theirs), thorough(), _sigint_blocked():
@@ -54,6 +54,10 @@ class LocalWorker:
     def progress(self) -> Progress:
         """Read the phase record, also after the worker's death."""
         return self._record.read()
+
+    def recall(self, number: int) -> None:
+        """Take back the jobs up to a number, see :meth:`PhaseRecord.recall`."""
+        self._record.recall(number)
 
     def terminate(self) -> None:
         """Ask the system to end the worker with SIGTERM."""

@@ -1,7 +1,8 @@
-"""How far the job that a worker runs has come, readable after the worker's death.
+"""How far the jobs sent to a worker have come, readable after the worker's death.
 
-Runs in both processes. The record is one word of memory that both share, written by
-the worker and read by the parent.
+Runs in both processes. The record is memory that both share: the worker writes which
+job it has begun and how far that one is, the parent writes which jobs it takes back.
+A job is meant by its number in the worker's life, counted from 1.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ class Phase(enum.IntEnum):
 
 
 class Progress(NamedTuple):
-    """What a record says: the last job that was begun, and how far it came.
+    """What a record says.
 
     Attributes:
-        begun: How many jobs the worker has begun in its life.
-        phase: Phase of the last of them.
+        begun: Number of the last job that was begun; 0 before the first.
+        phase: Phase of that job.
     """
 
     begun: int
@@ -32,27 +33,49 @@ class Progress(NamedTuple):
 
 
 class PhaseRecord:
-    """The shared word.
+    """The shared memory of one worker and its parent.
 
     Args:
-        word: An array of one unsigned 64-bit number, shared by both processes. It is
-            written whole: an aligned word is never seen half-written.
+        words: An array of :data:`WORDS` unsigned 64-bit numbers. Each has one writer,
+            and is written whole: an aligned word is never seen half-written.
     """
 
-    def __init__(self, word: MutableSequence[int]) -> None:
-        self._word = word
+    def __init__(self, words: MutableSequence[int]) -> None:
+        self._words = words
         self._begun = 0
 
-    def begin(self) -> None:
-        """Note that the next job begins."""
-        self._begun += 1
+    def begin(self, number: int) -> bool:
+        """Note that a job begins, unless it was taken back.
+
+        Returns:
+            Whether it was not; otherwise it must not be run.
+        """
+        # First written, then read, against recall(), which writes first and has
+        # begun() read a while later: at least one of the two sees the other.
+        self._begun = number
         self.advance(Phase.RUNNING)
+        return number > self._words[1]
 
     def advance(self, phase: Phase) -> None:
         """Note the phase of the job that was begun last."""
-        self._word[0] = self._begun << 2 | phase
+        self._words[0] = self._begun << 2 | phase
 
     def read(self) -> Progress:
         """Read the record, in either process."""
-        word = self._word[0]
+        word = self._words[0]
         return Progress(word >> 2, Phase(word & 3 or Phase.RUNNING))
+
+    def recall(self, number: int) -> None:
+        """Take back all jobs up to a number that have not begun.
+
+        Which ones those are can be read after RECALL_DELAY, not at once: what one
+        processor writes reaches the others a little later.
+        """
+        self._words[1] = number
+
+
+WORDS = 2
+"""Length of the array of a PhaseRecord."""
+
+RECALL_DELAY = 0.001
+"""Seconds after which every processor has seen a write; in truth it takes far less."""

@@ -5,6 +5,8 @@ Runs in the parent. The dispatcher calls them and does what they say.
 
 from __future__ import annotations
 
+import math
+
 from ._phase import Phase, Progress
 from .errors import Outcome
 
@@ -13,6 +15,12 @@ START_ATTEMPTS = 3
 
 DELIVERY_ATTEMPTS = 3
 """Workers that may die over one job before they have begun it."""
+
+PATIENCE = 0.005
+"""Seconds a worker may be at one job before those sent ahead to it are taken back."""
+
+_GROUP_SECONDS = 0.002  # work that may be sent ahead to one worker
+_GROUP_MOST = 100  # jobs, however short
 
 _FIRST_DELAY = 0.1  # seconds between a failed start and the next one
 _LONGEST_DELAY = 5.0
@@ -34,6 +42,43 @@ def workers_to_start(
         A number >= 0. An idle or starting worker is counted on before a new one.
     """
     return max(0, min(waiting - idle - starting, max_workers - alive))
+
+
+def jobs_to_send(
+    *, waiting: int, sent: int, seconds_per_job: float, workers: int
+) -> int:
+    """Say how many jobs to send to a worker now.
+
+    Several short ones go in one message, which is what makes them cheap; one that may
+    be long goes alone.
+
+    Args:
+        waiting: Jobs not yet sent to a worker.
+        sent: Jobs that this worker has and has not answered.
+        seconds_per_job: How long recent jobs took; infinite while none is known.
+        workers: Workers among which those that wait are shared.
+
+    Returns:
+        A number >= 0.
+    """
+    group = max(1, min(int(_GROUP_SECONDS / seconds_per_job), _GROUP_MOST))
+    # Sent again only when half the group is done: full messages, and no pause.
+    if sent > group // 2:
+        return 0
+    return min(group - sent, -(-waiting // workers))
+
+
+def updated_seconds_per_job(known: float, sample: float) -> float:
+    """Update the estimate of how long a job takes.
+
+    Args:
+        known: The estimate so far; infinite if there is none.
+        sample: How long one job took, or has taken up to now.
+
+    Returns:
+        Up at once, since to send jobs behind a long one is a mistake; down slowly.
+    """
+    return sample if sample > known or math.isinf(known) else known + (sample - known) / 8
 
 
 def delay_after_failed_start(failures: int, ready: int) -> float | None:

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+from collections import deque
 from collections.abc import Callable, Mapping, MutableSequence
 from contextlib import suppress
 from functools import partial
@@ -40,12 +41,12 @@ class WorkerSetup(NamedTuple):
     initargs: tuple[Any, ...]
 
 
-def main(end: socket.socket, word: MutableSequence[int], setup: WorkerSetup) -> None:
+def main(end: socket.socket, words: MutableSequence[int], setup: WorkerSetup) -> None:
     """Run jobs until the parent has no more of them.
 
     Args:
         end: The worker's end of its channel.
-        word: Memory for the phase record.
+        words: Memory for the phase record.
         setup: What to make before the first job.
     """
     _take_over_signals()
@@ -55,7 +56,7 @@ def main(end: socket.socket, word: MutableSequence[int], setup: WorkerSetup) -> 
     own_end(end)
     notes = bury_inherited()
     channel = Channel(end)
-    record = PhaseRecord(word)
+    record = PhaseRecord(words)
     database: Database | None = None
     try:
         try:
@@ -64,9 +65,9 @@ def main(end: socket.socket, word: MutableSequence[int], setup: WorkerSetup) -> 
                 database.run(partial(_initialize, setup.initializer, setup.initargs))
             notes += notes_on(database.engine)
         except BaseException as exc:
-            channel.send(Kind.START_FAILURE, dumps_exception(exc))
+            channel.send(Message(Kind.START_FAILURE, dumps_exception(exc)))
             return
-        channel.send(Kind.READY, [note.encode() for note in notes])
+        channel.send(Message(Kind.READY, [note.encode() for note in notes]))
         _serve(channel, database, record)
     finally:
         if database is not None:
@@ -86,26 +87,33 @@ def _initialize(initializer: Callable[..., object], initargs: tuple[Any, ...]) -
 
 
 def _serve(channel: Channel, database: Database, record: PhaseRecord) -> None:
+    number = 0
     while True:
         try:
-            messages = channel.receive()
+            jobs = deque(channel.receive())
         except EOFError:
             return
-        while messages:
+        while jobs:
+            job = jobs.popleft()
+            number += 1
             # Begun before it is unpickled: unpickling runs the caller's code too.
-            record.begin()
-            _answer(channel, database, messages.pop(0))
+            if record.begin(number):
+                answer = _run(database, job)
+            else:
+                answer = Message(Kind.RETURNED, [number.to_bytes(8)])
+            del job  # its arguments may be large, and the next job long in coming
+            channel.send(answer)
+            del answer
 
 
-def _answer(channel: Channel, database: Database, message: Message) -> None:
-    call, *encoded = message.parts
+def _run(database: Database, job: Message) -> Message:
+    call, *encoded = job.parts
     try:
         fn, args, kwargs = loads_call(call)
     except BaseException as exc:
         error = ArgumentsLostError(f"{full_name(type(exc))}: {exc}")
         set_cause(error, exc)
-        channel.send(Kind.FAILURE, dumps_exception(error))
-        return
+        return Message(Kind.FAILURE, dumps_exception(error))
     options = loads_options(*map(bytes, encoded))
     try:
         parts = database.run(partial(fn, *args, **kwargs), commit=options.commit)
@@ -115,9 +123,8 @@ def _answer(channel: Channel, database: Database, message: Message) -> None:
             __package__
         ):
             trace = trace.tb_next
-        channel.send(Kind.FAILURE, dumps_exception(exc.with_traceback(trace)))
-    else:
-        channel.send(Kind.RESULT, parts)
+        return Message(Kind.FAILURE, dumps_exception(exc.with_traceback(trace)))
+    return Message(Kind.RESULT, parts)
 
 
 def _take_over_signals() -> None:

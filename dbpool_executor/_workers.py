@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import math
 import selectors
 import time
 from collections import deque
@@ -16,10 +17,11 @@ from typing import NamedTuple
 
 from . import _rules
 from ._boundary import Buffer
-from ._channel import Kind
+from ._channel import Kind, Message
 from ._exceptions import loads_exception, set_cause
 from ._job import Answer, Job
 from ._local import LocalWorker
+from ._phase import RECALL_DELAY
 from .errors import (
     DBPoolError,
     Outcome,
@@ -66,7 +68,10 @@ class Worker:
     body: LocalWorker
     state: State = State.STARTING
     sent: deque[Job] = field(default_factory=deque)  # in order, not yet answered
+    last_number: int = 0  # of the jobs sent to it in its life, those taken back too
     answered: int = 0  # jobs in its life
+    since: float = 0.0  # on time.monotonic(): its first job was not begun before it
+    recalled: float | None = None  # on time.monotonic(): when its jobs were taken back
     deadline: float | None = None  # on time.monotonic(), once it has only to leave
     start_failure: Sequence[Buffer] | None = None
 
@@ -94,6 +99,9 @@ class Workers:
         self._selector = selector
         self.all: dict[int, Worker] = {}  # by process id
         self.idle: list[Worker] = []  # the last to become idle is the next to work
+        self._short: dict[Worker, None] = {}  # busy, and may be sent more
+        self._seconds_per_job = math.inf
+        self._next_look = 0.0  # on time.monotonic(), for workers that are stuck
         self.failure: Failure | None = None  # set once, when no worker can start
         self._notes: set[bytes] = set()  # that were logged
         self._starting = 0
@@ -106,7 +114,7 @@ class Workers:
     @property
     def has_room(self) -> bool:
         """Whether another worker may be started."""
-        return self.failure is None and len(self.all) - self._leaving < self._most
+        return self.failure is None and self._alive < self._most
 
     def starts_due(self, waiting: int) -> int:
         """Say how many workers to start now for the jobs that wait."""
@@ -116,7 +124,7 @@ class Workers:
             waiting=waiting,
             idle=len(self.idle),
             starting=self._starting,
-            alive=len(self.all) - self._leaving,
+            alive=self._alive,
             max_workers=self._most,
         )
 
@@ -150,12 +158,16 @@ class Workers:
             self.idle.append(worker)
         log.debug("worker %s is ready", worker.body.pid)
 
+    @property
+    def _alive(self) -> int:
+        return len(self.all) - self._leaving
+
     def _is_delayed(self) -> bool:
         return bool(self._failures) and time.monotonic() < self._next_start
 
     def _note_failed_start(self, text: str, parts: Sequence[Buffer] | None) -> None:
         self._failures += 1
-        ready = len(self.all) - self._starting - self._leaving
+        ready = self._alive - self._starting
         delay = _rules.delay_after_failed_start(self._failures, ready)
         if delay is None:
             self.failure = Failure(text, self._failures, parts)
@@ -166,24 +178,102 @@ class Workers:
 
     # -- Working ----------------------------------------------------------------
 
-    def give(self, job: Job) -> None:
-        """Send a job to an idle worker."""
-        worker = self.idle.pop()
-        worker.sent.append(job)
-        self.watch(worker, sent=worker.body.channel.send(Kind.JOB, job.parts))
+    def send_from(self, waiting: deque[Job]) -> None:
+        """Send waiting jobs to the workers that may have some."""
+        while waiting and (self.idle or self._short):
+            worker = self.idle[-1] if self.idle else next(iter(self._short))
+            count = _rules.jobs_to_send(
+                waiting=len(waiting),
+                sent=len(worker.sent),
+                seconds_per_job=self._seconds_per_job,
+                workers=max(1, self._alive - self._starting),
+            )
+            if self._max_jobs is not None:
+                left = self._max_jobs - worker.answered - len(worker.sent)
+                count = min(count, left)
+            if not count:
+                # It has enough, by what is known now of how long jobs take.
+                del self._short[worker]
+                continue
+            jobs: list[Job] = []
+            while waiting and len(jobs) < count:
+                job = waiting.popleft()
+                if job.take():
+                    jobs.append(job)
+            if jobs:
+                self._send(worker, jobs)
+
+    def _send(self, worker: Worker, jobs: list[Job]) -> None:
+        if worker.sent:
+            del self._short[worker]
+        else:
+            self.idle.remove(worker)
+            worker.since = time.monotonic()
+        for job in jobs:
+            worker.last_number += 1
+            job.number = worker.last_number
+        worker.sent += jobs
+        messages = (Message(Kind.JOB, job.parts) for job in jobs)
+        self.watch(worker, sent=worker.body.channel.send(*messages))
         if worker.answered + len(worker.sent) == self._max_jobs:
             self._tell_to_leave(worker)
 
-    def take_answer(self, worker: Worker) -> Job:
-        """Note that a worker has answered its first job, and give that job."""
+    def take_answers(self, worker: Worker, count: int) -> list[Job]:
+        """Note that a worker has answered its first jobs, and give them."""
+        jobs = [worker.sent.popleft() for _ in range(count)]
+        worker.answered += count
+        now = time.monotonic()
+        self._learn((now - worker.since) / count)
+        worker.since = now
+        self._note_sent_less(worker)
+        return jobs
+
+    def take_returned(self, worker: Worker, number: int) -> list[Job]:
+        """Note that a worker has not begun a job, and give it if it was not taken."""
+        if not worker.sent or worker.sent[0].number != number:
+            return []
         job = worker.sent.popleft()
-        worker.answered += 1
-        if not worker.sent:
-            if worker.state is State.READY:
-                self.idle.append(worker)
-            else:
+        self._note_sent_less(worker)
+        return [job]
+
+    def take_back(self) -> list[Job]:
+        """Give the jobs that were sent ahead to workers that are stuck at a long one."""
+        now = time.monotonic()
+        if now < self._next_look:
+            return []
+        self._next_look = now + _rules.PATIENCE
+        taken: list[Job] = []
+        for worker in self.all.values():
+            if len(worker.sent) < 2 or now - worker.since < _rules.PATIENCE:
+                continue
+            self._learn(now - worker.since)
+            if worker.recalled is None:
+                worker.body.recall(worker.last_number)
+                worker.recalled = now
+            if now - worker.recalled < RECALL_DELAY:
+                self._next_look = now + RECALL_DELAY
+                continue
+            worker.recalled = None
+            begun = worker.body.progress().begun
+            taken += (job for job in worker.sent if job.number > begun)
+            worker.sent = deque(job for job in worker.sent if job.number <= begun)
+            self._note_sent_less(worker)
+        return taken
+
+    def _learn(self, sample: float) -> None:
+        self._seconds_per_job = _rules.updated_seconds_per_job(
+            self._seconds_per_job, max(sample, 1e-6)
+        )
+
+    def _note_sent_less(self, worker: Worker) -> None:
+        if worker.state is State.LEAVING:
+            if not worker.sent:
                 worker.deadline = time.monotonic() + LEAVE_GRACE
-        return job
+        elif worker.sent:
+            self._short[worker] = None
+        else:
+            self._short.pop(worker, None)
+            self.idle.append(worker)
 
     def watch(self, worker: Worker, *, sent: bool) -> None:
         """Have the selector tell when a channel takes more, while it has to."""
@@ -204,6 +294,7 @@ class Workers:
             self._starting -= 1
         elif worker in self.idle:
             self.idle.remove(worker)
+        self._short.pop(worker, None)
         worker.state = State.LEAVING
         self._leaving += 1
         if not worker.sent:
@@ -222,9 +313,11 @@ class Workers:
     def seconds_to_deadline(self, waiting: int) -> float | None:
         """Say how long the thread may sleep; None for no bound."""
         times = []
+        workers = self.all.values()
         if self._leaving:
-            leaving = self.all.values()
-            times = [w.deadline for w in leaving if w.deadline is not None]
+            times = [w.deadline for w in workers if w.deadline is not None]
+        if any(len(w.sent) > 1 for w in workers):
+            times.append(self._next_look)
         if waiting and self.has_room and self._failures:
             times.append(self._next_start)
         return max(0.0, min(times) - time.monotonic()) if times else None
@@ -239,6 +332,7 @@ class Workers:
         """
         self._selector.unregister(worker.body.channel)
         del self.all[worker.body.pid]
+        self._short.pop(worker, None)
         exitcode = worker.body.bury()
         how = f"worker {worker.body.pid} {describe_exit(exitcode)}"
         match worker.state:
@@ -260,7 +354,7 @@ class Workers:
             return [], []
         job, *others = worker.sent
         progress = worker.body.progress()
-        outcome = _rules.outcome_at_end(worker.answered + 1, progress)
+        outcome = _rules.outcome_at_end(job.number, progress)
         if outcome is Outcome.NEVER_STARTED:
             job.deliveries += 1
             if job.deliveries < _rules.DELIVERY_ATTEMPTS:
