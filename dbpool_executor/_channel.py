@@ -38,7 +38,8 @@ class Kind(enum.IntEnum):
     RESULT = 3  # worker to parent: the first job not yet answered was committed
     FAILURE = 4  # worker to parent: the first job not yet answered failed
     RETURNED = 5  # worker to parent: the first job not yet answered was not begun
-    START_FAILURE = 6  # worker to parent: the factory or the initializer raised
+    NOTE = 6  # worker to parent: a text for the parent's log
+    START_FAILURE = 7  # worker to parent: the factory or the initializer raised
 
 
 class Message(NamedTuple):

@@ -7,33 +7,38 @@ from __future__ import annotations
 
 import logging
 import threading
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sqlalchemy import URL, Connection, Engine, event
+from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
-from sqlalchemy.pool import StaticPool
+from sqlalchemy.pool import ConnectionPoolEntry
 
+from . import _drivers, _resolution
+from ._alarm import Alarm, JobInterrupt
 from ._boundary import Buffer, dumps_result
-from ._inheritance import module_level_name, refuse_inherited
+from ._commits import CommitWatch
+from ._inheritance import live_entries, pool_of, refuse_inherited
+from ._options import DEFAULTS, JobOptions
 from ._phase import Phase, PhaseRecord
 from ._places import full_name
 from .errors import (
+    DBPoolError,
     JobExitedError,
+    JobTimeoutError,
+    Outcome,
     OutcomeUnknownError,
     OutsideJobError,
-    TransactionAbortedError,
+    ResolveNotSupportedError,
 )
 
 log = logging.getLogger("dbpool_executor")
 
 # `database` is set in a thread for as long as that thread runs a job.
 _here = threading.local()
-
-_IN_ERROR = 3  # PQTRANS_INERROR of libpq, the same in psycopg and psycopg2
-
 
 def _running_database(name: str) -> Database:
     database: Database | None = getattr(_here, "database", None)
@@ -43,8 +48,7 @@ def _running_database(name: str) -> Database:
 
 
 def _open_session() -> Session:
-    opened: Session = _running_database("session").sessions()
-    return opened
+    return _running_database("session").open_session()
 
 
 session: scoped_session[Session] = scoped_session(_open_session)  # type: ignore[arg-type]
@@ -61,48 +65,13 @@ def current_engine() -> Engine:
     Connections taken from it are the job's own: it commits and closes them itself.
 
     Returns:
-        The engine that the engine factory made in this worker.
+        The engine that the engine factory made in this worker, with the job's
+        isolation level.
 
     Raises:
         OutsideJobError: No job is running in this thread.
     """
-    return _running_database("current_engine()").engine
-
-
-def notes_on(engine: Engine) -> list[str]:
-    """Say what a worker will see of an engine that may surprise its user.
-
-    Args:
-        engine: What the engine factory returned.
-
-    Returns:
-        Texts for the parent's log.
-    """
-    notes = []
-    if _is_in_memory(engine.url):
-        notes.append(
-            f"the engine factory returns {engine!r}, a database in memory: each worker "
-            "has one of its own, empty at first, that no other process sees"
-        )
-    elif isinstance(engine.pool, StaticPool):
-        notes.append(
-            f"the engine factory returns {engine!r} with a StaticPool: session and "
-            "current_engine() share one connection in each worker, and so one "
-            "transaction"
-        )
-    if name := module_level_name(engine):
-        notes.append(
-            f"the engine factory returns {name}, the same engine at each call: what "
-            "jobs do with that global, they do with their worker's own engine"
-        )
-    return notes
-
-
-def _is_in_memory(url: URL) -> bool:
-    # sqlite.org/inmemorydb.html
-    if url.get_backend_name() != "sqlite":
-        return False
-    return not url.database or ":memory:" in url.database or "mode=memory" in str(url)
+    return _running_database("current_engine()").lend_engine()
 
 
 class Database:
@@ -115,6 +84,7 @@ class Database:
 
     Raises:
         TypeError: The factory returned something other than an Engine.
+        RuntimeError: The factory returned an engine with another process's connections.
         Exception: Whatever the factory raises.
     """
 
@@ -137,72 +107,164 @@ class Database:
             )
         refuse_inherited(engine)
         self.engine = engine
-        self.sessions = sessionmaker(**{"bind": engine, **session_options})
+        self._sessions = sessionmaker(**{"bind": engine, **session_options})
         self._record = record
-        self._tells_aborted = engine.dialect.driver in ("psycopg", "psycopg2")
-        for name in ("commit", "prepare_twophase", "commit_twophase"):
-            event.listen(engine, name, self._before_commit)
+        self._alarm = Alarm(self.cancel_statements)
+        self._commits = CommitWatch(engine, record, self._alarm)
+        event.listen(self._sessions, "after_commit", self._commits.after_commit)
+        event.listen(engine, "connect", _drivers.note_thread_id)
+        if engine.dialect.name == "sqlite":
+            event.listen(engine, "checkin", _make_writable)
+        self._options = DEFAULTS
+        self._job_engine = engine  # with the options of the running job
+        self._was_lent = False  # to the running job, by current_engine()
 
-    def run(self, job: Callable[[], object], *, commit: bool = True) -> list[Buffer]:
+    def run(
+        self, job: Callable[[], object], options: JobOptions = DEFAULTS, name: str = ""
+    ) -> list[Buffer]:
         """Run a job as one transaction.
 
         Args:
             job: The call.
-            commit: Whether to commit when it returns; otherwise it commits for itself,
-                and what it left uncommitted is rolled back.
+            options: How to run it.
+            name: What to call it in a warning.
 
         Returns:
             The pickled result.
 
         Raises:
+            JobTimeoutError: It took longer than its options allow.
             JobExitedError: The job raised what is meant to end a process.
-            OutcomeUnknownError: The connection was lost during COMMIT.
+            OutcomeUnknownError: Contact was lost during COMMIT.
             Exception: Whatever the job, the flush or the commit raises.
         """
-        _here.database = self
+        self._begin(options)
         try:
-            result = job()
-            commits = commit and session.registry.has()
-            if commits:
-                session.flush()
-            # Pickled before the commit: a job whose result cannot travel must be
-            # rolled back, not committed and then reported as failed.
-            parts = dumps_result(result)
-            if commits:
-                self._commit()
-            if commit:
-                self._record.advance(Phase.COMMITTED)
+            if options.timeout is None:
+                return self._run(job)
+            with self._alarm.set(options.timeout):
+                return self._run(job)
+        except JobInterrupt as exc:
+            # Its statement may be cancelled a moment too late, and then hit the next
+            # job's: the connection is not used again.
+            if session.registry.has():
+                session().invalidate()
+            self.engine.dispose()
+            error = JobTimeoutError(options.timeout or 0.0)
+            raise self._exact(error) from exc.__cause__
+        except DBPoolError as exc:
+            self._exact(exc)
+            raise
         except Exception:
             raise
         except BaseException as exc:
-            raise JobExitedError(repr(exc)) from exc
-        else:
-            return parts
+            raise self._exact(JobExitedError(repr(exc))) from exc
         finally:
             self._end_session()
+            if self._was_lent:
+                self._take_back(name)
             del _here.database
+
+    def may_repeat(self, error: Exception) -> bool:
+        """Say whether the job that raised may succeed if it is run again.
+
+        Args:
+            error: What :meth:`run` has just raised.
+        """
+        if isinstance(error, DBPoolError) or self._commits.by_the_job:
+            return False
+        return _drivers.is_transient(error)
+
+    def cancel_statements(self) -> None:
+        """Cancel what runs on the server for this worker; from any thread."""
+        for entry in self._entries_in_use():
+            _drivers.cancel(self.engine, entry)
 
     def dispose(self) -> None:
         """Close the engine's connections."""
         self.engine.dispose()
 
+    # -- For the job ------------------------------------------------------------
+
+    def open_session(self) -> Session:
+        """Make the job's session."""
+        options = self._options
+        if self._job_engine is self.engine and not options.read_only:
+            opened: Session = self._sessions()
+            return opened
+        opened = self._sessions(bind=self._job_engine)
+        if options.read_only and self.engine.dialect.name != "postgresql":
+            event.listen(opened, "after_begin", _make_read_only)
+        return opened
+
+    def lend_engine(self) -> Engine:
+        """Give the engine to the job, and note that it may take connections."""
+        self._was_lent = True
+        return self._job_engine
+
+    # -- One job ------------------------------------------------------------------
+
+    def _begin(self, options: JobOptions) -> None:
+        _here.database = self
+        self._options = options
+        self._was_lent = False
+        self._commits.begin_job()
+        self._job_engine = self.engine
+        if options.isolation_level is not None:
+            self._job_engine = self._job_engine.execution_options(
+                isolation_level=options.isolation_level
+            )
+        if options.read_only and self.engine.dialect.name == "postgresql":
+            self._job_engine = self._job_engine.execution_options(
+                postgresql_readonly=True
+            )
+
+    def _run(self, job: Callable[[], object]) -> list[Buffer]:
+        options = self._options
+        if options.resolve and self.engine.dialect.name != "postgresql":
+            raise ResolveNotSupportedError(self.engine.dialect.name)
+        result = job()
+        commits = options.commit and session.registry.has()
+        if commits:
+            session.flush()
+        # Pickled before the commit: a job whose result cannot travel must be rolled
+        # back, not committed and then reported as failed.
+        parts = dumps_result(result)
+        self._commits.end_job()
+        if commits:
+            self._commit()
+        self._alarm.begin_commit()
+        if options.commit and not self._commits.by_the_job:
+            self._record.advance(Phase.COMMITTED)
+        return parts
+
     def _commit(self) -> None:
+        xid = None
+        if self._options.resolve:
+            xid = _resolution.current_xid(session())
+            self._record.note_xid(xid)
         try:
             session.commit()
-        except DBAPIError as exc:
-            # The same error comes whether the connection broke before or after the
-            # server had the COMMIT.
+        except BaseException as exc:
+            self._commits.roll_back()
+            if not isinstance(exc, DBAPIError):
+                raise
             committing = self._record.read().phase is Phase.COMMITTING
-            if exc.connection_invalidated and committing:
-                raise OutcomeUnknownError("the connection was lost") from exc
-            raise
+            if not (committing and _drivers.leaves_commit_unknown(exc)):
+                raise
+            if xid is not None:
+                outcome = _resolution.outcome_of(self.engine, xid)
+                if outcome is Outcome.COMMITTED:
+                    return
+                if outcome is Outcome.ROLLED_BACK:
+                    raise
+            raise OutcomeUnknownError("the connection was lost") from exc
 
-    def _before_commit(self, connection: Connection, *_twophase: object) -> None:
-        if self._tells_aborted:
-            driver_connection = connection.connection.driver_connection
-            if driver_connection.info.transaction_status == _IN_ERROR:  # type: ignore[union-attr]
-                raise TransactionAbortedError
-        self._record.advance(Phase.COMMITTING)
+    def _exact(self, error: DBPoolError) -> DBPoolError:
+        # What the job has committed by itself is not undone.
+        if self._commits.by_the_job and error.outcome is Outcome.ROLLED_BACK:
+            error.outcome = Outcome.UNKNOWN
+        return error
 
     def _end_session(self) -> None:
         if not session.registry.has():
@@ -213,3 +275,35 @@ class Database:
             # The job's fate is decided by now; the next job gets a new session.
             session.registry.clear()
             log.warning("the session of a job did not close", exc_info=True)
+
+    def _take_back(self, name: str) -> None:
+        """Close the connections that a job took and did not give back."""
+        for entry in self._entries_in_use():
+            text = f"the job {name} left a connection of current_engine() open"
+            log.warning("%s; it is closed", text)
+            entry.invalidate()
+            try:
+                warnings.warn(text, ResourceWarning, stacklevel=2)
+            except ResourceWarning:  # made an error; the job is over
+                log.debug("the warning was not shown", exc_info=True)
+
+    def _entries_in_use(self) -> list[ConnectionPoolEntry]:
+        pool = self.engine.pool
+        return [e for e in live_entries() if e.in_use and pool_of(e) is pool]
+
+
+def _make_read_only(_session: Session, _transaction: object, on: Connection) -> None:
+    if on.dialect.name == "sqlite":
+        on.exec_driver_sql("PRAGMA query_only = 1")
+        # It belongs to the connection, and so would reach the next job.
+        on.info[_READ_ONLY] = True
+    else:
+        on.exec_driver_sql("SET TRANSACTION READ ONLY")
+
+
+def _make_writable(connection: Any, entry: ConnectionPoolEntry) -> None:
+    if entry.info.pop(_READ_ONLY, False) and connection is not None:
+        connection.execute("PRAGMA query_only = 0")
+
+
+_READ_ONLY = "dbpool_executor.read_only"

@@ -6,22 +6,33 @@ it sends the jobs that wait to idle workers, and settles the futures of those an
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import logging
 import operator
 import os
+import random
 import selectors
 import threading
-import weakref
+import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 
-from ._channel import Kind, make_ends
-from ._job import Answer, Job
+from . import _rules
+from ._boundary import dumps_call
+from ._channel import Kind, Message, make_ends
+from ._endings import Ending, resolved_error
+from ._exit import at_exit
+from ._job import Answer, Job, JobFuture
 from ._local import LocalWorker
+from ._stats import Stats
+from ._worker import outcome_of_transaction
 from ._workers import Worker, Workers
-from .errors import Outcome, OutcomeUnknownError, WorkerDiedError
+from .errors import DBPoolError, Outcome, OutcomeUnknownError, WorkerDiedError
+
+_FAILURE_PARTS = 3
 
 _KIND_OF = operator.attrgetter("kind")
 
@@ -70,7 +81,9 @@ class Dispatcher:
         self._selector.register(self._ear, selectors.EVENT_READ)
         self._workers = Workers(start_worker, max_workers, max_jobs, self._selector)
         self._answers: list[Answer] = []  # futures to be settled
+        self._later: list[tuple[float, int, Job]] = []  # to be repeated; a heap
         self._killed = False  # no job will be sent again
+        self._done = self._failed = self._retried = 0
 
     # -- Called by other threads --------------------------------------------------
 
@@ -96,7 +109,7 @@ class Dispatcher:
             raise self._workers.failure.error()
         if self._closing:
             raise RuntimeError("cannot schedule new futures after shutdown")
-        if _exit.has_begun:
+        if at_exit.has_begun:
             raise RuntimeError("cannot schedule new futures after interpreter shutdown")
 
     def check_owner(self) -> None:
@@ -154,13 +167,26 @@ class Dispatcher:
         self._signal = send
         self.shutdown(cancel=True)
 
-    def describe(self) -> str:
-        """Say in words what state it is in; a snapshot."""
+    def health(self) -> str:
+        """Say in a word what state it is in."""
         if self._workers.failure is not None:
             return "broken"
-        if self._closing:
-            return "shut down"
-        return f"{len(self._workers.all)} workers, {len(self._waiting)} jobs waiting"
+        return "shut down" if self._closing else "open"
+
+    def stats(self) -> Stats:
+        """Count workers and jobs; a snapshot."""
+        workers = list(self._workers.all.values())
+        return Stats(
+            workers=len(workers),
+            idle=len(self._workers.idle),
+            queued=len(self._waiting) + len(self._later),
+            running=sum(bool(worker.sent) for worker in workers),
+            done=self._done,
+            failed=self._failed,
+            retried=self._retried,
+            died=self._workers.died,
+            replaced=self._workers.replaced,
+        )
 
     def _wake(self) -> None:
         self._listening = False
@@ -175,7 +201,7 @@ class Dispatcher:
         thread = threading.Thread(target=self._run, name="DBPoolDispatcher")
         thread.start()
         self._thread = thread
-        _exit.dispatchers.add(self)
+        at_exit.closes(self)
 
     # -- The thread -----------------------------------------------------------------
 
@@ -195,7 +221,9 @@ class Dispatcher:
         return self._closing or self._workers.failure is not None
 
     def _is_over(self) -> bool:
-        if not self._is_ending() or self._workers.all or self._answers:
+        if not self._is_ending() or self._workers.all:
+            return False
+        if self._answers or self._later:
             return False
         with self._lock:
             return not self._waiting
@@ -208,13 +236,15 @@ class Dispatcher:
             self._killed = True
             for worker in workers.all.values():
                 send(worker.body)
+        while self._later and self._later[0][0] <= time.monotonic():
+            self._waiting.append(heapq.heappop(self._later)[2])
         if self._cancelling or workers.failure is not None:
             self._drop_waiting()
         self._waiting.extendleft(reversed(workers.take_back()))
         workers.send_from(self._waiting)
         for _ in range(workers.starts_due(len(self._waiting))):
             workers.start_one()
-        if self._is_ending() and not self._waiting:
+        if self._is_ending() and not (self._waiting or self._later):
             workers.tell_all_to_leave()
 
     def _wait(self) -> None:
@@ -229,6 +259,9 @@ class Dispatcher:
             timeout: float | None = 0.0
         else:
             timeout = workers.seconds_to_deadline(waiting)
+            if self._later:
+                pause = max(0.0, self._later[0][0] - time.monotonic())
+                timeout = pause if timeout is None else min(pause, timeout)
         events = self._selector.select(timeout)
         self._listening = False
         for key, mask in events:
@@ -247,19 +280,24 @@ class Dispatcher:
         try:
             messages = worker.body.channel.receive()
         except EOFError:
-            answers, again = self._workers.bury(worker)
-            self._answers += answers
-            self._waiting.extendleft(reversed(again))
+            self._note_ending(self._workers.bury(worker))
             return
         for kind, run in itertools.groupby(messages, _KIND_OF):
             if kind is Kind.RESULT or kind is Kind.FAILURE:
                 told = list(run)
                 jobs = self._workers.take_answers(worker, len(told))
-                self._answers += [Answer(j.future, m) for j, m in zip(jobs, told)]
+                for job, answer in zip(jobs, told):
+                    # A fourth part says that it may succeed when it is repeated.
+                    if kind is Kind.FAILURE and len(answer.parts) > _FAILURE_PARTS:
+                        self._repeat_or_settle(job, answer)
+                    else:
+                        self._end(job, answer)
                 continue
             for message in run:
                 if kind is Kind.READY:
-                    self._workers.note_ready(worker, message.parts)
+                    self._workers.note_ready(worker)
+                elif kind is Kind.NOTE:
+                    self._workers.take_note(bytes(message.parts[0]).decode())
                 elif kind is Kind.START_FAILURE:
                     worker.start_failure = message.parts
                 elif kind is Kind.RETURNED:
@@ -267,14 +305,64 @@ class Dispatcher:
                     again = self._workers.take_returned(worker, number)
                     self._waiting.extendleft(again)
 
+    def _note_ending(self, ending: Ending) -> None:
+        self._waiting.extendleft(reversed(ending.again))
+        job, error = ending.job, ending.error
+        if job is None or error is None:
+            return
+        if isinstance(error, WorkerDiedError) and error.outcome is Outcome.ROLLED_BACK:
+            self._repeat_or_settle(job, error)
+        elif job.options.resolve and error.outcome is Outcome.UNKNOWN:
+            self._resolve(job, error, ending.xid)
+        else:
+            self._end(job, error)
+
+    def _end(self, job: Job, told: Message | DBPoolError) -> None:
+        attempts = job.attempts + 1 if job.options.retries else 0
+        self._answers.append(Answer(job.future, told, attempts))
+
+    def _repeat_or_settle(self, job: Job, told: Message | DBPoolError) -> None:
+        if job.attempts >= job.options.retries or self._killed:
+            self._end(job, told)
+            return
+        job.attempts += 1
+        job.told = told
+        self._retried += 1
+        delay = _rules.delay_before_repeat(job.attempts, random.random())  # noqa: S311
+        log.info("a job failed %d times, again in %.2f s", job.attempts, delay)
+        entry = (time.monotonic() + delay, self._retried, job)
+        heapq.heappush(self._later, entry)
+
+    def _resolve(self, job: Job, error: DBPoolError, xid: int) -> None:
+        """Have another worker ask the server what became of a transaction."""
+
+        def settle(asked: Future[Outcome]) -> None:
+            outcome = Outcome.UNKNOWN
+            if not asked.cancelled() and asked.exception() is None:
+                outcome = asked.result()
+            self._end(job, resolved_error(error, outcome))
+
+        asked: Future[Outcome] = JobFuture()
+        asked.add_done_callback(settle)
+        call = dumps_call(outcome_of_transaction, (xid,), {})
+        self._waiting.appendleft(Job(asked, [call]))
+
     def _settle(self) -> None:
         answers, self._answers = self._answers, []
         for answer in answers:
-            answer.settle()
+            if answer.settle():
+                self._done += 1
+            else:
+                self._failed += 1
 
     def _drop_waiting(self) -> None:
         """Cancel what waits, or fail it where it cannot be cancelled any more."""
         failure = self._workers.failure
+        if self._killed or failure is not None:
+            for *_, job in self._later:
+                assert job.told is not None  # noqa: S101 - or it would not be repeated
+                self._answers.append(Answer(job.future, job.told, job.attempts))
+            self._later.clear()
         kept = []
         while self._waiting:
             job = self._waiting.popleft()
@@ -308,25 +396,3 @@ class Dispatcher:
         self._selector.close()
         self._bell.close()
         self._ear.close()
-
-
-class _InterpreterExit:
-    """Lets the jobs of all executors end before the interpreter does."""
-
-    def __init__(self) -> None:
-        self.has_begun = False
-        self.dispatchers: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
-
-    def begin(self) -> None:
-        self.has_begun = True
-        dispatchers = list(self.dispatchers)
-        for dispatcher in dispatchers:
-            dispatcher.close()
-        for dispatcher in dispatchers:
-            dispatcher.join()
-
-
-_exit = _InterpreterExit()
-# An atexit handler would run too late: since 3.12 no thread or process starts by then.
-# concurrent.futures.process registers itself in the same way.
-threading._register_atexit(_exit.begin)  # type: ignore[attr-defined]

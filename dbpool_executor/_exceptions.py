@@ -51,7 +51,7 @@ def loads_exception(parts: Sequence[Buffer]) -> BaseException:
         as its cause.
     """
     class_name, text, worker_traceback, outcome = pickle.loads(parts[0])
-    exc, inner = (_rebuilt(part) for part in parts[1:])
+    exc, inner = (_rebuilt(part) for part in parts[1:3])
     if exc is None:
         exc = JobFailedError(class_name, text, outcome)
     cause: BaseException = WorkerTraceback(worker_traceback)

@@ -40,6 +40,7 @@ from ._job import Job, JobFuture
 from ._local import LocalWorker
 from ._options import DEFAULTS, JobOptions, dumps_options
 from ._parent import AnyEngine, engines_of, prepare
+from ._stats import Stats
 from ._worker import WorkerSetup, run_chunk
 
 P = ParamSpec("P")
@@ -82,7 +83,8 @@ class _JobExecutor(Executor):
             self._dispatcher.check_open()
             future.set_exception(exc)
         else:
-            self._dispatcher.add(Job(future, [call, *dumps_options(self._options)]))
+            options = self._options
+            self._dispatcher.add(Job(future, [call, *dumps_options(options)], options))
         return future
 
     def map(
@@ -127,8 +129,61 @@ class _JobExecutor(Executor):
         jobs = (self.submit(run_chunk, fn, chunk) for chunk in chunks)
         return _flattened(_results(jobs, buffersize, deadline))
 
-    def _options_with(self, commit: bool | None) -> JobOptions:
-        return self._options if commit is None else self._options._replace(commit=commit)
+    def options(
+        self,
+        *,
+        commit: bool | None = None,
+        timeout: float | None = None,
+        kill_after: float | None = None,
+        retries: int | None = None,
+        isolation_level: str | None = None,
+        read_only: bool | None = None,
+        resolve: bool | None = None,
+    ) -> _JobExecutor:
+        """Give a view on the same workers whose jobs run with other options.
+
+        Args:
+            commit: Whether the worker commits when a job returns; True by default. If
+                not, the job commits for itself, and what it leaves uncommitted is
+                rolled back.
+            timeout: Seconds from the start of a job after which its statement is
+                cancelled on the server, and the job interrupted and rolled back; no
+                limit by default. A COMMIT under way is not cancelled.
+            kill_after: Seconds after that until the worker is killed, if it is still
+                at the job; 5 by default.
+            retries: How often a job is repeated that is known to be rolled back for a
+                transient reason: serialization failure, deadlock, lock timeout, lost
+                connection, dead worker; 0 by default. The last error tells in
+                ``attempts`` how often it was tried.
+            isolation_level: Of the job's session and ``current_engine()``, as for
+                SQLAlchemy's ``execution_options``; the engine's own by default.
+            read_only: Whether the database refuses to let the job's session write;
+                False by default. PostgreSQL, MySQL, MariaDB and SQLite.
+            resolve: Whether the server is asked what became of a COMMIT that contact
+                was lost in; False by default, since it costs a round trip before each
+                COMMIT. PostgreSQL only.
+
+        Returns:
+            An executor. Options that are not given are as here; to shut it down is to
+            shut down this one.
+
+        Raises:
+            TypeError: A value is of the wrong kind.
+            ValueError: A number is out of range, or two options exclude each other.
+        """
+        options = self._options.with_(
+            commit=commit,
+            timeout=timeout,
+            kill_after=kill_after,
+            retries=retries,
+            isolation_level=isolation_level,
+            read_only=read_only,
+            resolve=resolve,
+        )
+        return _View(self._owner(), options)
+
+    def _owner(self) -> DBPoolExecutor:
+        raise NotImplementedError
 
 
 class DBPoolExecutor(_JobExecutor):
@@ -153,6 +208,8 @@ class DBPoolExecutor(_JobExecutor):
         parent_engine: An Engine or AsyncEngine that this process itself uses, or
             several; its idle connections are closed before the first worker starts.
         session_options: Keyword arguments for the ``sessionmaker`` of each worker.
+        timeout: Default for the jobs' ``timeout``, see :meth:`options`.
+        retries: Default for the jobs' ``retries``, see :meth:`options`.
 
     Raises:
         TypeError: An argument is of the wrong kind, or cannot be sent to a worker.
@@ -171,6 +228,8 @@ class DBPoolExecutor(_JobExecutor):
         max_tasks_per_child: int | None = None,
         parent_engine: AnyEngine | Iterable[AnyEngine] | None = None,
         session_options: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+        retries: int = 0,
     ) -> None:
         factory = factory_of(engine_factory)
         if max_workers is None:
@@ -182,12 +241,14 @@ class DBPoolExecutor(_JobExecutor):
             raise TypeError("initializer must be a callable")
         context = default_context() if mp_context is None else mp_context
         forks = context.get_start_method() == "fork"
-        options = dict(session_options or {})
+        sessions = dict(session_options or {})
         if not forks:
             check_pickles("initializer", initializer)
-            check_pickles("session_options", options)
-        setup = WorkerSetup(factory, options, initializer, tuple(initargs))
-        self._options = DEFAULTS
+            check_pickles("session_options", sessions)
+        setup = WorkerSetup(
+            factory, sessions, initializer, tuple(initargs), max_workers
+        )
+        self._options = DEFAULTS.with_(timeout=timeout, retries=retries)
         self._max_workers = max_workers
         self._dispatcher = Dispatcher(
             partial(LocalWorker, context, setup),
@@ -199,20 +260,6 @@ class DBPoolExecutor(_JobExecutor):
         # Not __del__: the dispatcher outlives a forgotten executor until its jobs are
         # done, and knows nothing of it.
         weakref.finalize(self, self._dispatcher.close).atexit = False
-
-    def options(self, *, commit: bool | None = None) -> Executor:
-        """Give a view on the same workers whose jobs run with other options.
-
-        Args:
-            commit: Whether the worker commits when a job returns; True by default. If
-                not, the job commits for itself, and what it leaves uncommitted is
-                rolled back.
-
-        Returns:
-            An executor. Options that are not given are as here; to shut it down is to
-            shut down this one.
-        """
-        return _View(self, self._options_with(commit))
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more jobs, and end the workers when those taken are done.
@@ -236,6 +283,17 @@ class DBPoolExecutor(_JobExecutor):
     def kill_workers(self) -> None:
         """Do as :meth:`terminate_workers` does, with SIGKILL."""
         self._dispatcher.signal_workers(LocalWorker.kill)
+
+    def stats(self) -> Stats:
+        """Count workers and jobs.
+
+        Returns:
+            A snapshot; it does not change with the executor.
+        """
+        return self._dispatcher.stats()
+
+    def _owner(self) -> DBPoolExecutor:
+        return self
 
     def __enter__(self) -> Self:
         return self
@@ -265,10 +323,12 @@ class DBPoolExecutor(_JobExecutor):
             self._dispatcher.join()
 
     def __repr__(self) -> str:
+        counts = zip(Stats._fields, self.stats())
         return (
-            f"<DBPoolExecutor max_workers={self._max_workers}: "
-            f"{self._dispatcher.describe()}>"
-        )
+            f"<DBPoolExecutor {self._dispatcher.health()}, "
+            f"max_workers={self._max_workers}, "
+            f"{', '.join(f'{name}={count}' for name, count in counts if count)}>"
+        ).replace(", >", ">")
 
 
 class _View(_JobExecutor):
@@ -279,9 +339,8 @@ class _View(_JobExecutor):
         self._dispatcher = executor._dispatcher
         self._options = options
 
-    def options(self, *, commit: bool | None = None) -> Executor:
-        """Do as :meth:`DBPoolExecutor.options` does, from this view's options."""
-        return _View(self._executor, self._options_with(commit))
+    def _owner(self) -> DBPoolExecutor:
+        return self._executor
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Shut down the executor itself."""

@@ -8,13 +8,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 from ._boundary import Buffer, loads_result
 from ._channel import Kind, Message
 from ._exceptions import loads_exception, set_cause
-from .errors import ResultLostError
+from ._options import DEFAULTS, JobOptions
+from .errors import JobTimeoutError, OutcomeUnknownError, ResultLostError
 
 log = logging.getLogger("dbpool_executor")
 
@@ -54,14 +56,20 @@ class Job:
     Attributes:
         future: What the caller holds.
         parts: The parts of its message.
+        options: How it is run.
         number: Which job it is in the life of the worker that has it.
         deliveries: Workers that died over it before they had begun it.
+        attempts: How often it has failed.
+        told: What it failed with last.
     """
 
     future: Future[Any]
     parts: Sequence[Buffer]
+    options: JobOptions = DEFAULTS
     number: int = 0
     deliveries: int = 0
+    attempts: int = 0
+    told: Message | BaseException | None = None
 
     def take(self) -> bool:
         """Say whether it is still to be done; from now on it cannot be cancelled."""
@@ -82,9 +90,14 @@ class Answer(NamedTuple):
 
     future: Future[Any]
     told: Message | BaseException
+    attempts: int = 0  # for the error, where the job was to be repeated
 
-    def settle(self) -> None:
-        """Give the future its result or exception, and run its callbacks."""
+    def settle(self) -> bool:
+        """Give the future its result or exception, and run its callbacks.
+
+        Returns:
+            Whether it was a result.
+        """
         result = None
         error: BaseException | None = None
         if isinstance(self.told, BaseException):
@@ -97,6 +110,11 @@ class Answer(NamedTuple):
             except BaseException as exc:  # also a SystemExit must not end the thread
                 error = ResultLostError(f"unpickling it raised {exc!r}")
                 set_cause(error, exc)
+        if isinstance(error, (JobTimeoutError, OutcomeUnknownError)):
+            log.warning("%s", error)
+        if error is not None and self.attempts:
+            with suppress(AttributeError):  # a class with slots alone
+                BaseException.__setattr__(error, "attempts", self.attempts)
         try:
             if error is None:
                 self.future.set_result(result)
@@ -104,3 +122,4 @@ class Answer(NamedTuple):
                 self.future.set_exception(error)
         except BaseException:
             log.exception("a future or one of its callbacks refused its answer")
+        return error is None

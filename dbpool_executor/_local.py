@@ -55,6 +55,10 @@ class LocalWorker:
         """Read the phase record, also after the worker's death."""
         return self._record.read()
 
+    def xid(self) -> int:
+        """Read which transaction the worker was about to commit, also when it died."""
+        return self._record.read_xid()
+
     def recall(self, number: int) -> None:
         """Take back the jobs up to a number, see :meth:`PhaseRecord.recall`."""
         self._record.recall(number)

@@ -65,6 +65,14 @@ class PhaseRecord:
         word = self._words[0]
         return Progress(word >> 2, Phase(word & 3 or Phase.RUNNING))
 
+    def note_xid(self, xid: int) -> None:
+        """Note the id of the transaction that is about to be committed."""
+        self._words[2] = xid
+
+    def read_xid(self) -> int:
+        """Read what was noted last, in either process."""
+        return self._words[2]
+
     def recall(self, number: int) -> None:
         """Take back all jobs up to a number that have not begun.
 
@@ -74,7 +82,7 @@ class PhaseRecord:
         self._words[1] = number
 
 
-WORDS = 2
+WORDS = 3
 """Length of the array of a PhaseRecord."""
 
 RECALL_DELAY = 0.001

@@ -24,6 +24,7 @@ _GROUP_MOST = 100  # jobs, however short
 
 _FIRST_DELAY = 0.1  # seconds between a failed start and the next one
 _LONGEST_DELAY = 5.0
+_FIRST_REPEAT = 0.05  # seconds, at most, before a job is repeated for the first time
 
 
 def workers_to_start(
@@ -66,6 +67,20 @@ def jobs_to_send(
     if sent > group // 2:
         return 0
     return min(group - sent, -(-waiting // workers))
+
+
+def delay_before_repeat(attempts: int, random: float) -> float:
+    """Say how long to wait before a job is repeated: back-off with full jitter.
+
+    Args:
+        attempts: How often it has failed, at least once.
+        random: A random number from 0 to 1.
+
+    Returns:
+        Seconds.
+    """
+    doublings = min(attempts - 1, 10)
+    return float(min(_FIRST_REPEAT * 2**doublings, _LONGEST_DELAY) * random)
 
 
 def updated_seconds_per_job(known: float, sample: float) -> float:

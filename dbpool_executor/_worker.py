@@ -5,10 +5,12 @@ Runs in a worker. :func:`main` is named by the parent and imported by the child.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import socket
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Mapping, MutableSequence
 from contextlib import suppress
@@ -23,10 +25,12 @@ from ._exceptions import dumps_exception, set_cause
 from ._inheritance import bury_inherited
 from ._places import full_name
 from ._channel import Channel, Kind, Message, own_end
-from ._database import Database, notes_on
+from ._database import Database, current_engine
+from ._notes import notes_on, watch_limit
 from ._options import loads_options
 from ._phase import PhaseRecord
-from .errors import ArgumentsLostError
+from ._resolution import outcome_of
+from .errors import ArgumentsLostError, Outcome
 
 
 T = TypeVar("T")
@@ -39,6 +43,7 @@ class WorkerSetup(NamedTuple):
     session_options: Mapping[str, Any]
     initializer: Callable[..., object] | None
     initargs: tuple[Any, ...]
+    max_workers: int
 
 
 def main(end: socket.socket, words: MutableSequence[int], setup: WorkerSetup) -> None:
@@ -54,20 +59,25 @@ def main(end: socket.socket, words: MutableSequence[int], setup: WorkerSetup) ->
     # would act on what was inherited. The lowest priority is the last to run.
     Finalize(None, _leave, exitpriority=-1000)
     own_end(end)
-    notes = bury_inherited()
     channel = Channel(end)
+    tell = partial(_tell, channel)
+    for note in bury_inherited():
+        tell(note)
     record = PhaseRecord(words)
     database: Database | None = None
     try:
         try:
             database = Database(setup.engine_factory, setup.session_options, record)
+            watch_limit(database.engine, setup.max_workers, tell)
             if setup.initializer is not None:
                 database.run(partial(_initialize, setup.initializer, setup.initargs))
-            notes += notes_on(database.engine)
+            for note in notes_on(database.engine):
+                tell(note)
         except BaseException as exc:
             channel.send(Message(Kind.START_FAILURE, dumps_exception(exc)))
             return
-        channel.send(Message(Kind.READY, [note.encode() for note in notes]))
+        _follow_parent(database)
+        channel.send(Message(Kind.READY))
         _serve(channel, database, record)
     finally:
         if database is not None:
@@ -80,6 +90,11 @@ def run_chunk(
 ) -> list[T]:
     """Run the calls of one chunk of ``map()``: one job, so one transaction."""
     return [fn(*args) for args in chunk]
+
+
+def outcome_of_transaction(xid: int) -> Outcome:
+    """Ask what became of a transaction of a worker that died: itself a job."""
+    return outcome_of(current_engine(), xid)
 
 
 def _initialize(initializer: Callable[..., object], initargs: tuple[Any, ...]) -> None:
@@ -115,16 +130,38 @@ def _run(database: Database, job: Message) -> Message:
         set_cause(error, exc)
         return Message(Kind.FAILURE, dumps_exception(error))
     options = loads_options(*map(bytes, encoded))
+    name = getattr(fn, "__qualname__", repr(fn))
     try:
-        parts = database.run(partial(fn, *args, **kwargs), commit=options.commit)
+        parts = database.run(partial(fn, *args, **kwargs), options, name)
     except Exception as exc:
         trace = exc.__traceback__
         while trace is not None and trace.tb_frame.f_globals.get("__package__") == (
             __package__
         ):
             trace = trace.tb_next
-        return Message(Kind.FAILURE, dumps_exception(exc.with_traceback(trace)))
+        parts = dumps_exception(exc.with_traceback(trace))
+        repeats = options.retries > 0 and database.may_repeat(exc)
+        return Message(Kind.FAILURE, [*parts, b"1"] if repeats else parts)
     return Message(Kind.RESULT, parts)
+
+
+def _tell(channel: Channel, text: str) -> None:
+    channel.send(Message(Kind.NOTE, [text.encode()]))
+
+
+def _follow_parent(database: Database) -> None:
+    """End this process with its parent, also in the middle of a statement."""
+
+    def follow() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            # The server would go on with the statement of a client that is gone.
+            with suppress(Exception):
+                database.cancel_statements()
+            os._exit(1)
+
+    threading.Thread(target=follow, name="DBPoolFollower", daemon=True).start()
 
 
 def _take_over_signals() -> None:

@@ -18,19 +18,12 @@ from typing import NamedTuple
 from . import _rules
 from ._boundary import Buffer
 from ._channel import Kind, Message
+from ._endings import Ending, error_at_end
 from ._exceptions import loads_exception, set_cause
-from ._job import Answer, Job
+from ._job import Job
 from ._local import LocalWorker
 from ._phase import RECALL_DELAY
-from .errors import (
-    DBPoolError,
-    Outcome,
-    OutcomeUnknownError,
-    ResultLostError,
-    WorkerDiedError,
-    WorkerStartError,
-    describe_exit,
-)
+from .errors import Outcome, WorkerDiedError, WorkerStartError, describe_exit
 
 log = logging.getLogger("dbpool_executor")
 
@@ -72,7 +65,7 @@ class Worker:
     answered: int = 0  # jobs in its life
     since: float = 0.0  # on time.monotonic(): its first job was not begun before it
     recalled: float | None = None  # on time.monotonic(): when its jobs were taken back
-    deadline: float | None = None  # on time.monotonic(), once it has only to leave
+    is_overdue: bool = False  # it is killed for the timeout of its job
     start_failure: Sequence[Buffer] | None = None
 
 
@@ -101,13 +94,18 @@ class Workers:
         self.idle: list[Worker] = []  # the last to become idle is the next to work
         self._short: dict[Worker, None] = {}  # busy, and may be sent more
         self._seconds_per_job = math.inf
+        # On time.monotonic(): when a worker is killed that is still at its job, or there.
+        self._kill_at: dict[Worker, float] = {}
         self._next_look = 0.0  # on time.monotonic(), for workers that are stuck
         self.failure: Failure | None = None  # set once, when no worker can start
-        self._notes: set[bytes] = set()  # that were logged
+        self._notes: set[str] = set()  # that were logged
         self._starting = 0
         self._leaving = 0
         self._failures = 0  # workers in a row that failed to start
         self._next_start = 0.0  # on time.monotonic(): no start before it
+        self.died = 0
+        self.replaced = 0
+        self._ended = 0
 
     # -- Starting ---------------------------------------------------------------
 
@@ -136,21 +134,22 @@ class Workers:
             log.warning("a worker could not be started", exc_info=True)
             self._note_failed_start(f"{type(exc).__name__}: {exc}", None)
             return
+        if self._ended > self.replaced:
+            self.replaced += 1
+            log.info("worker %s replaces one that has ended", body.pid)
         worker = self.all[body.pid] = Worker(body)
         self._starting += 1
         self._selector.register(body.channel, selectors.EVENT_READ, worker)
         log.debug("worker %s was started", body.pid)
 
-    def note_ready(self, worker: Worker, notes: Sequence[Buffer]) -> None:
-        """Note that a worker has its engine and its initializer has run.
+    def take_note(self, text: str) -> None:
+        """Log what a worker has to say, once for all workers."""
+        if text not in self._notes:
+            self._notes.add(text)
+            log.warning("%s", text)
 
-        Args:
-            worker: The worker.
-            notes: What it has to say of its engine; each text is logged once.
-        """
-        for note in set(map(bytes, notes)) - self._notes:
-            self._notes.add(note)
-            log.warning("%s", note.decode())
+    def note_ready(self, worker: Worker) -> None:
+        """Note that a worker has its engine and its initializer has run."""
         self._failures = 0
         if worker.state is State.STARTING:
             self._starting -= 1
@@ -195,13 +194,11 @@ class Workers:
                 # It has enough, by what is known now of how long jobs take.
                 del self._short[worker]
                 continue
-            jobs: list[Job] = []
-            while waiting and len(jobs) < count:
-                job = waiting.popleft()
-                if job.take():
-                    jobs.append(job)
+            jobs = _next_jobs(waiting, count, alone=not worker.sent)
             if jobs:
                 self._send(worker, jobs)
+            elif worker.sent:
+                del self._short[worker]
 
     def _send(self, worker: Worker, jobs: list[Job]) -> None:
         if worker.sent:
@@ -217,6 +214,10 @@ class Workers:
         self.watch(worker, sent=worker.body.channel.send(*messages))
         if worker.answered + len(worker.sent) == self._max_jobs:
             self._tell_to_leave(worker)
+        options = jobs[0].options
+        if options.timeout is not None:
+            # The worker itself has cancelled the statement by then.
+            self._kill_at[worker] = worker.since + options.timeout + options.kill_after
 
     def take_answers(self, worker: Worker, count: int) -> list[Job]:
         """Note that a worker has answered its first jobs, and give them."""
@@ -225,6 +226,7 @@ class Workers:
         now = time.monotonic()
         self._learn((now - worker.since) / count)
         worker.since = now
+        self._kill_at.pop(worker, None)
         self._note_sent_less(worker)
         return jobs
 
@@ -268,7 +270,7 @@ class Workers:
     def _note_sent_less(self, worker: Worker) -> None:
         if worker.state is State.LEAVING:
             if not worker.sent:
-                worker.deadline = time.monotonic() + LEAVE_GRACE
+                self._kill_at[worker] = time.monotonic() + LEAVE_GRACE
         elif worker.sent:
             self._short[worker] = None
         else:
@@ -298,25 +300,25 @@ class Workers:
         worker.state = State.LEAVING
         self._leaving += 1
         if not worker.sent:
-            worker.deadline = time.monotonic() + LEAVE_GRACE
+            self._kill_at[worker] = time.monotonic() + LEAVE_GRACE
         self.watch(worker, sent=worker.body.channel.end_sending())
 
     def kill_overdue(self) -> None:
-        """Kill the workers that were given time to leave and did not."""
+        """Kill the workers that were given time to leave, or for a job, and are over."""
+        if not self._kill_at:
+            return
         now = time.monotonic()
-        for worker in self.all.values() if self._leaving else ():
-            if worker.deadline is not None and worker.deadline <= now:
-                log.warning("worker %s did not leave, it is killed", worker.body.pid)
-                worker.deadline = None
-                worker.body.kill()
+        for worker in [w for w, deadline in self._kill_at.items() if deadline <= now]:
+            worker.is_overdue = bool(worker.sent)
+            what = "end its job in time" if worker.is_overdue else "leave"
+            log.warning("worker %s did not %s, it is killed", worker.body.pid, what)
+            del self._kill_at[worker]
+            worker.body.kill()
 
     def seconds_to_deadline(self, waiting: int) -> float | None:
         """Say how long the thread may sleep; None for no bound."""
-        times = []
-        workers = self.all.values()
-        if self._leaving:
-            times = [w.deadline for w in workers if w.deadline is not None]
-        if any(len(w.sent) > 1 for w in workers):
+        times = list(self._kill_at.values())
+        if any(len(w.sent) > 1 for w in self.all.values()):
             times.append(self._next_look)
         if waiting and self.has_room and self._failures:
             times.append(self._next_start)
@@ -324,17 +326,17 @@ class Workers:
 
     # -- Dying ------------------------------------------------------------------
 
-    def bury(self, worker: Worker) -> tuple[list[Answer], list[Job]]:
-        """Judge a worker whose channel has ended, and free what is left of it.
-
-        Returns:
-            The answer of the job that ended with it, and the jobs to send again.
-        """
+    def bury(self, worker: Worker) -> Ending:
+        """Judge a worker whose channel has ended, and free what is left of it."""
         self._selector.unregister(worker.body.channel)
         del self.all[worker.body.pid]
         self._short.pop(worker, None)
+        self._kill_at.pop(worker, None)
+        self._ended += 1
         exitcode = worker.body.bury()
         how = f"worker {worker.body.pid} {describe_exit(exitcode)}"
+        if worker.state is not State.LEAVING or worker.sent:
+            self.died += 1
         match worker.state:
             case State.STARTING:
                 self._starting -= 1
@@ -345,32 +347,40 @@ class Workers:
                 self._note_failed_start(text, parts)
             case State.LEAVING:
                 self._leaving -= 1
-            case State.READY if worker.sent:
-                log.warning("%s with a job, it is replaced", how)
-            case State.READY:
+            case State.READY if not worker.sent:
                 self.idle.remove(worker)
                 log.info("%s while it was idle", how)
         if not worker.sent:
-            return [], []
+            return Ending([])
+        log.warning("%s with a job", how)
         job, *others = worker.sent
-        progress = worker.body.progress()
-        outcome = _rules.outcome_at_end(job.number, progress)
+        outcome = _rules.outcome_at_end(job.number, worker.body.progress())
         if outcome is Outcome.NEVER_STARTED:
             job.deliveries += 1
             if job.deliveries < _rules.DELIVERY_ATTEMPTS:
-                return [], [job, *others]
-        error = _error_at_end(outcome, how, exitcode, worker.body.pid)
-        return [Answer(job.future, error)], others
+                return Ending([job, *others])
+        died = WorkerDiedError(exitcode, worker.body.pid, outcome)
+        limit = job.options.timeout if worker.is_overdue else None
+        error = error_at_end(died, timeout=limit)
+        return Ending(others, job, error, worker.body.xid())
 
 
-def _error_at_end(
-    outcome: Outcome, how: str, exitcode: int | None, pid: int
-) -> DBPoolError:
-    died = WorkerDiedError(exitcode, pid, outcome)
-    if outcome is Outcome.COMMITTED:
-        return ResultLostError(f"{how} before it was sent")
-    if outcome is Outcome.UNKNOWN:
-        error = OutcomeUnknownError(how)
-        set_cause(error, died)
-        return error
-    return died
+def _next_jobs(waiting: deque[Job], count: int, *, alone: bool) -> list[Job]:
+    """Take the next jobs that are not cancelled; one with a timeout only by itself.
+
+    Args:
+        waiting: The jobs.
+        count: How many at most.
+        alone: Whether the worker has no other job.
+    """
+    jobs: list[Job] = []
+    while waiting and len(jobs) < count:
+        limited = waiting[0].options.timeout is not None
+        if limited and (jobs or not alone):
+            break
+        job = waiting.popleft()
+        if job.take():
+            jobs.append(job)
+            if limited:
+                break
+    return jobs

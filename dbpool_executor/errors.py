@@ -15,11 +15,13 @@ __all__ = [
     "DBPoolError",
     "JobExitedError",
     "JobFailedError",
+    "JobTimeoutError",
     "NotPlainError",
     "OpenConnectionsError",
     "Outcome",
     "OutcomeUnknownError",
     "OutsideJobError",
+    "ResolveNotSupportedError",
     "ResultLostError",
     "TransactionAbortedError",
     "WorkerDiedError",
@@ -82,7 +84,7 @@ class NotPlainError(DBPoolError, TypeError):
         article = "an" if self.type_name[:1].lower() in "aeiou" else "a"
         return (
             f"{self.place} is {article} {self.type_name}, which is tied to the process "
-            f"that made it and cannot leave it (the job was {self.outcome.value}); "
+            f"that made it and cannot leave it (the job's outcome: {self.outcome.value}); "
             f"{self.remedy}"
         )
 
@@ -155,7 +157,8 @@ class JobFailedError(DBPoolError):
     def __str__(self) -> str:
         return (
             f"the job raised {self.class_name}: {self.text} (the exception itself does "
-            f"not pickle, so this stands in for it; the job was {self.outcome.value}); "
+            f"not pickle, so this stands in for it; the job's outcome: "
+            f"{self.outcome.value}); "
             "define the class at the top level of a module that both processes import"
         )
 
@@ -169,7 +172,7 @@ class JobExitedError(DBPoolError):
         text: What was raised, as ``repr()`` shows it.
     """
 
-    outcome = Outcome.ROLLED_BACK
+    outcome: Outcome = Outcome.ROLLED_BACK
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -177,26 +180,80 @@ class JobExitedError(DBPoolError):
 
     def __str__(self) -> str:
         return (
-            f"the job raised {self.text}, which would have ended its process; it was "
-            "rolled back; return a value or raise an Exception instead"
+            f"the job raised {self.text}, which would have ended its process (the "
+            f"job's outcome: {self.outcome.value}); return a value or raise an Exception "
+            "instead"
+        )
+
+
+class JobTimeoutError(DBPoolError, TimeoutError):
+    """The job took longer than its ``timeout``.
+
+    Args:
+        timeout: The limit, in seconds from the start of the job.
+        outcome: ROLLED_BACK as a rule. If the worker had to be killed, what its
+            transaction came to: UNKNOWN if COMMIT was under way by then.
+    """
+
+    outcome: Outcome
+
+    def __init__(self, timeout: float, outcome: Outcome = Outcome.ROLLED_BACK) -> None:
+        super().__init__(timeout, outcome)
+        self.timeout = timeout
+        self.outcome = outcome
+
+    def __str__(self) -> str:
+        return (
+            f"the job was not done {self.timeout:g} s after its start, so its "
+            f"statement was cancelled (the job's outcome: {self.outcome.value}); give "
+            "it more time with options(timeout=...), or less to do"
+        )
+
+
+class ResolveNotSupportedError(DBPoolError, ValueError):
+    """``resolve=True`` was asked of a database that cannot tell.
+
+    Args:
+        dialect: SQLAlchemy's name of the database.
+    """
+
+    outcome = Outcome.NEVER_STARTED
+
+    def __init__(self, dialect: str) -> None:
+        super().__init__(dialect)
+        self.dialect = dialect
+
+    def __str__(self) -> str:
+        return (
+            f"options(resolve=True) was given, but {self.dialect} cannot be asked what "
+            "became of a transaction, only PostgreSQL can; the job never started; "
+            "leave the option out"
         )
 
 
 class TransactionAbortedError(DBPoolError):
-    """The job swallowed a database error that had aborted its transaction.
+    """The job swallowed a database error that had undone a part of its transaction.
 
-    PostgreSQL answers COMMIT with success there and stores nothing (PostgreSQL
-    documentation, "COMMIT" and "ROLLBACK"), so the job is rolled back instead.
+    On PostgreSQL all of it: COMMIT is then answered with success and stores nothing
+    (PostgreSQL documentation, "COMMIT"). On MySQL and MariaDB a lock wait timeout
+    undoes one statement, and a deadlock everything before it (MariaDB documentation,
+    "innodb_rollback_on_timeout"). The job is rolled back instead.
+
+    Args:
+        text: What happened.
     """
 
-    outcome = Outcome.ROLLED_BACK
+    outcome: Outcome = Outcome.ROLLED_BACK
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
 
     def __str__(self) -> str:
         return (
-            "a database error inside the job aborted its transaction, and the job went "
-            "on without it; COMMIT would store nothing, so the job was rolled back; "
-            "let the error out of the job, or try the statement inside "
-            "session.begin_nested()"
+            f"{self.text}, and the job went on without it; COMMIT would store half a "
+            "job or nothing, so it was rolled back; let the error out of the job, or "
+            "try the statement inside session.begin_nested()"
         )
 
 
@@ -291,7 +348,6 @@ class WorkerDiedError(DBPoolError, BrokenProcessPool):
 
     def __str__(self) -> str:
         when = {
-            Outcome.ROLLED_BACK: "while it ran the job, before COMMIT began",
             Outcome.NEVER_STARTED: "before it could call the job's function",
         }.get(self.outcome, "while it ran the job")
         return (

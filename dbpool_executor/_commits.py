@@ -1,0 +1,129 @@
+"""Watches the commits of a worker's engine: whose they are, and whether they are whole.
+
+Runs in a worker.
+"""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+
+from . import _drivers
+from ._alarm import Alarm
+from ._phase import Phase, PhaseRecord
+from .errors import TransactionAbortedError
+
+# MariaDB documentation, "SQL statements that cause an implicit commit".
+_COMMITS_BY_ITSELF = re.compile(
+    r"\s*(ALTER|ANALYZE|CREATE|DROP|GRANT|LOCK|OPTIMIZE|RENAME|REVOKE|TRUNCATE)\b",
+    re.IGNORECASE,
+)
+_ONE_STATEMENT = "a lock wait timeout undid one statement (error 1205)"
+_ALL_BEFORE = "a deadlock undid everything before it (error 1213)"
+
+
+class CommitWatch:
+    """Sees every COMMIT before it is sent, refuses a broken one, notes the phase.
+
+    Args:
+        engine: The worker's.
+        record: Where the phase is noted.
+        alarm: Asked whether there is time for a COMMIT.
+
+    Attributes:
+        by_the_job: Whether the running job has committed anything by itself.
+    """
+
+    def __init__(self, engine: Engine, record: PhaseRecord, alarm: Alarm) -> None:
+        self._record = record
+        self._alarm = alarm
+        self.by_the_job = False
+        self._is_ending = False  # the commits from here on are the executor's
+        self._undone: str | None = None  # what the database undid of the running job
+        self._committing: DBAPIConnection | None = None  # the last to be committed
+        for name in ("commit", "prepare_twophase", "commit_twophase"):
+            event.listen(engine, name, self._before_commit)
+        event.listen(engine, "begin", self._before_begin)
+        event.listen(engine, "engine_connect", self._note_autocommit)
+        if engine.dialect.name in ("mysql", "mariadb"):
+            event.listen(engine, "before_cursor_execute", self._note_implicit_commit)
+            event.listen(engine, "handle_error", self._note_undone)
+            event.listen(engine, "rollback", self._forget_undone)
+            event.listen(engine, "rollback_savepoint", self._forget_undone)
+
+    def begin_job(self) -> None:
+        """Note that what follows is the next job's."""
+        self.by_the_job = self._is_ending = False
+        self._undone = self._committing = None
+
+    def end_job(self) -> None:
+        """Note that the job's function has returned."""
+        self._is_ending = True
+
+    def _before_commit(self, connection: Connection, *_twophase: object) -> None:
+        self._committing = connection.connection.dbapi_connection
+        try:
+            if _drivers.is_aborted(connection):
+                raise TransactionAbortedError("a database error aborted the transaction")
+            if self._undone is not None:
+                raise TransactionAbortedError(self._undone)
+            self._alarm.begin_commit()
+        except BaseException:
+            self.roll_back()
+            raise
+        self._note_commit()
+
+    def roll_back(self) -> None:
+        """Roll back the transaction whose COMMIT has failed.
+
+        SQLAlchemy does not: for it a transaction has ended when its COMMIT raised. But
+        SQLite keeps it open when COMMIT is refused (sqlite.org/lang_transaction.html),
+        and so does every database when a listener raises before COMMIT is sent.
+        """
+        if self._committing is not None:
+            with suppress(Exception):  # the connection is lost, and the rest with it
+                self._committing.rollback()
+
+    def after_commit(self, session: Session) -> None:
+        """Note that a session's COMMIT is over; that of a savepoint is none."""
+        ours = self._is_ending and not self.by_the_job
+        if ours and not session.in_nested_transaction():
+            self._record.advance(Phase.COMMITTED)
+
+    def _note_commit(self) -> None:
+        self.by_the_job = self.by_the_job or not self._is_ending
+        self._record.advance(Phase.COMMITTING)
+
+    def _before_begin(self, _connection: Connection) -> None:
+        self._alarm.begin_transaction()
+
+    def _note_autocommit(self, connection: Connection) -> None:
+        if _drivers.autocommits(connection):
+            self._note_commit()
+
+    def _note_implicit_commit(
+        self, _connection: object, _cursor: object, statement: str, *_rest: object
+    ) -> None:
+        if _COMMITS_BY_ITSELF.match(statement):
+            self._note_commit()
+
+    def _note_undone(self, context: ExceptionContext) -> None:
+        error = context.sqlalchemy_exception
+        if not isinstance(error, DBAPIError):
+            return
+        number = _drivers.mysql_number(error)
+        if number == _drivers.DEADLOCK:
+            self._undone = _ALL_BEFORE
+        elif number == _drivers.LOCK_WAIT_TIMEOUT and self._undone is None:
+            self._undone = _ONE_STATEMENT
+
+    def _forget_undone(self, _connection: object, *savepoint: object) -> None:
+        # A savepoint does not outlive a deadlock.
+        if not savepoint or self._undone == _ONE_STATEMENT:
+            self._undone = None
