@@ -84,8 +84,8 @@ class Alarm:
             self._may_interrupt = False
             self._is_committing = True
 
-    def begin_transaction(self) -> None:
-        """Note that a COMMIT, if there was one, is over."""
+    def end_commit(self) -> None:
+        """Note that a COMMIT of the job's own, if there was one, is over."""
         if self._is_committing:
             with self._changed:
                 self._is_committing = False

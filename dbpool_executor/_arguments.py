@@ -98,7 +98,7 @@ def default_max_workers() -> int:
     return count() or 1
 
 
-def default_context() -> multiprocessing.context.BaseContext:
+def default_context() -> BaseContext:
     """Give the start method that inherits least.
 
     Never fork, which a program's default can have become without anyone choosing it:
@@ -106,5 +106,16 @@ def default_context() -> multiprocessing.context.BaseContext:
     """
     methods = multiprocessing.get_all_start_methods()
     chosen = multiprocessing.get_start_method(allow_none=True)
-    spawns = chosen == "spawn" or "forkserver" not in methods
-    return multiprocessing.get_context("spawn" if spawns else "forkserver")
+    if chosen == "spawn" or "forkserver" not in methods:
+        return multiprocessing.get_context("spawn")
+    _preload_worker()
+    return multiprocessing.get_context("forkserver")
+
+
+def _preload_worker() -> None:
+    """Have the forkserver import once what each worker would import for itself."""
+    from multiprocessing.forkserver import _forkserver
+
+    # Only what the program has not chosen for itself; there is no public way to ask.
+    if getattr(_forkserver, "_preload_modules", None) == ["__main__"]:
+        _forkserver.set_forkserver_preload(["__main__", "dbpool_executor._worker"])

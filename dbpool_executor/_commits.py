@@ -92,8 +92,9 @@ class CommitWatch:
 
     def after_commit(self, session: Session) -> None:
         """Note that a session's COMMIT is over; that of a savepoint is none."""
-        ours = self._is_ending and not self.by_the_job
-        if ours and not session.in_nested_transaction():
+        if not self._is_ending:
+            self._alarm.end_commit()
+        elif not self.by_the_job and not session.in_nested_transaction():
             self._record.advance(Phase.COMMITTED)
 
     def _note_commit(self) -> None:
@@ -101,7 +102,8 @@ class CommitWatch:
         self._record.advance(Phase.COMMITTING)
 
     def _before_begin(self, _connection: Connection) -> None:
-        self._alarm.begin_transaction()
+        if not self._is_ending:
+            self._alarm.end_commit()
 
     def _note_autocommit(self, connection: Connection) -> None:
         if _drivers.autocommits(connection):

@@ -286,7 +286,7 @@ class Dispatcher:
             if kind is Kind.RESULT or kind is Kind.FAILURE:
                 told = list(run)
                 jobs = self._workers.take_answers(worker, len(told))
-                for job, answer in zip(jobs, told):
+                for job, answer in zip(jobs, told, strict=True):
                     # A fourth part says that it may succeed when it is repeated.
                     if kind is Kind.FAILURE and len(answer.parts) > _FAILURE_PARTS:
                         self._repeat_or_settle(job, answer)
@@ -340,6 +340,7 @@ class Dispatcher:
             outcome = Outcome.UNKNOWN
             if not asked.cancelled() and asked.exception() is None:
                 outcome = asked.result()
+                self._done -= 1  # the question is no job of the user's
             self._end(job, resolved_error(error, outcome))
 
         asked: Future[Outcome] = JobFuture()

@@ -76,7 +76,7 @@ class _JobExecutor(Executor):
                 process that made it.
             WorkerStartError: Workers cannot start; the executor is broken.
         """
-        future = JobFuture[T]()
+        future: JobFuture[T] = JobFuture()
         try:
             call = dumps_call(fn, args, kwargs)
         except Exception as exc:
@@ -122,7 +122,7 @@ class _JobExecutor(Executor):
         if buffersize is not None:
             check_count("buffersize", buffersize)
         deadline = None if timeout is None else time.monotonic() + timeout
-        calls = zip(*iterables)
+        calls = zip(*iterables, strict=False)
         if chunksize == 1:
             return _results((self.submit(fn, *c) for c in calls), buffersize, deadline)
         chunks = iter(lambda: tuple(itertools.islice(calls, chunksize)), ())
@@ -323,7 +323,7 @@ class DBPoolExecutor(_JobExecutor):
             self._dispatcher.join()
 
     def __repr__(self) -> str:
-        counts = zip(Stats._fields, self.stats())
+        counts = self.stats()._asdict().items()
         return (
             f"<DBPoolExecutor {self._dispatcher.health()}, "
             f"max_workers={self._max_workers}, "

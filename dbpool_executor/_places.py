@@ -6,7 +6,8 @@ Runs in both processes, and only after something was found that cannot cross.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
@@ -86,10 +87,10 @@ def _children(place: str, value: object) -> Iterator[tuple[str, object]]:
     elif isinstance(value, (RowMapping, Mapping)):
         yield from _items(place, value)
     elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        yield from ((f"{place}.{k}", v) for k, v in zip(value._fields, value))
+        yield from ((f"{place}.{k}", v) for k, v in zip(value._fields, value, strict=True))
     elif isinstance(value, (list, tuple, deque)):
         yield from ((f"{place}[{i}]", v) for i, v in enumerate(value))
-    elif isinstance(value, Set):
+    elif isinstance(value, AbstractSet):
         yield from ((f"an element of {place}", v) for v in value)
     elif isinstance(value, partial):
         yield f"{place}.func", value.func

@@ -47,10 +47,9 @@ def outcome_of(engine: Engine, xid: int) -> Outcome:
     end = time.monotonic() + _PATIENCE
     while time.monotonic() < end:
         try:
-            # Not from the pool: what is in it may be as dead as the one that was lost.
             with engine.connect() as connection:
                 status = connection.execute(_STATUS, {"xid": str(xid)}).scalar()
-        except DBAPIError:
+        except DBAPIError:  # not up again, or a pooled connection that is lost as well
             status = "in progress"
         if status != "in progress":
             return _OUTCOMES.get(str(status), Outcome.UNKNOWN)

@@ -35,6 +35,8 @@ from .errors import ArgumentsLostError, Outcome
 
 T = TypeVar("T")
 
+_CANCEL_GRACE = 1.0  # seconds
+
 
 class WorkerSetup(NamedTuple):
     """What a worker needs before its first job."""
@@ -156,9 +158,11 @@ def _follow_parent(database: Database) -> None:
         parent = multiprocessing.parent_process()
         if parent is not None:
             parent.join()
-            # The server would go on with the statement of a client that is gone.
-            with suppress(Exception):
-                database.cancel_statements()
+            # The server would go on with the statement of a client that is gone. It may
+            # be gone as well, so that is not waited for long.
+            cancel = threading.Thread(target=database.cancel_statements, daemon=True)
+            cancel.start()
+            cancel.join(_CANCEL_GRACE)
             os._exit(1)
 
     threading.Thread(target=follow, name="DBPoolFollower", daemon=True).start()

@@ -54,6 +54,13 @@ class State(enum.Enum):
     LEAVING = "leaving"  # was told that no more jobs will come
 
 
+class Recall(NamedTuple):
+    """That jobs were taken back: up to which number, and when on time.monotonic()."""
+
+    number: int
+    at: float
+
+
 @dataclass(slots=True, eq=False)
 class Worker:
     """A worker and what is known of it."""
@@ -64,7 +71,7 @@ class Worker:
     last_number: int = 0  # of the jobs sent to it in its life, those taken back too
     answered: int = 0  # jobs in its life
     since: float = 0.0  # on time.monotonic(): its first job was not begun before it
-    recalled: float | None = None  # on time.monotonic(): when its jobs were taken back
+    recalled: Recall | None = None  # since it has answered last
     is_overdue: bool = False  # it is killed for the timeout of its job
     start_failure: Sequence[Buffer] | None = None
 
@@ -226,6 +233,7 @@ class Workers:
         now = time.monotonic()
         self._learn((now - worker.since) / count)
         worker.since = now
+        worker.recalled = None
         self._kill_at.pop(worker, None)
         self._note_sent_less(worker)
         return jobs
@@ -250,15 +258,16 @@ class Workers:
                 continue
             self._learn(now - worker.since)
             if worker.recalled is None:
+                worker.recalled = Recall(worker.last_number, now)
                 worker.body.recall(worker.last_number)
-                worker.recalled = now
-            if now - worker.recalled < RECALL_DELAY:
+            if now - worker.recalled.at < RECALL_DELAY:
                 self._next_look = now + RECALL_DELAY
                 continue
+            begun, last = worker.body.progress().begun, worker.recalled.number
+            taken += (job for job in worker.sent if begun < job.number <= last)
+            kept = (job for job in worker.sent if not begun < job.number <= last)
+            worker.sent = deque(kept)
             worker.recalled = None
-            begun = worker.body.progress().begun
-            taken += (job for job in worker.sent if job.number > begun)
-            worker.sent = deque(job for job in worker.sent if job.number <= begun)
             self._note_sent_less(worker)
         return taken
 
