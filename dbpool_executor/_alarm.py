@@ -78,10 +78,12 @@ class Alarm:
         """Let a COMMIT begin, which is not cancelled; raise if the time is up."""
         if self._deadline is None:
             return
+        # Before the lock is taken: raised between that and the block, it would never be
+        # released.
+        self._may_interrupt = False
         with self._changed:
             if self._has_expired:
                 raise JobInterrupt
-            self._may_interrupt = False
             self._is_committing = True
 
     def end_commit(self) -> None:
@@ -115,15 +117,17 @@ class Alarm:
                     self._changed.wait()
                 elif (left := self._deadline - time.monotonic()) > 0:
                     self._changed.wait(left)
-                elif not self._has_expired:
-                    self._has_expired = True
-                    try:
-                        self._cancel()
-                    except Exception:
-                        log.warning("a statement was not cancelled", exc_info=True)
-                    self._changed.wait(_STATEMENT_GRACE)
                 else:
-                    if main is not None and _SIGNAL is not None:
+                    # Again and again, in case it fell between two statements, or where
+                    # nothing can be raised.
+                    self._end_statement()
+                    if self._has_expired and main is not None and _SIGNAL is not None:
                         signal.pthread_kill(main, _SIGNAL)
-                    # Again, in case it fell where nothing can be raised.
+                    self._has_expired = True
                     self._changed.wait(_STATEMENT_GRACE)
+
+    def _end_statement(self) -> None:
+        try:
+            self._cancel()
+        except Exception:
+            log.warning("a statement was not cancelled", exc_info=True)

@@ -106,13 +106,11 @@ def default_context() -> BaseContext:
     """
     methods = multiprocessing.get_all_start_methods()
     chosen = multiprocessing.get_start_method(allow_none=True)
-    if chosen == "spawn" or "forkserver" not in methods:
-        return multiprocessing.get_context("spawn")
-    _preload_worker()
-    return multiprocessing.get_context("forkserver")
+    spawns = chosen == "spawn" or "forkserver" not in methods
+    return multiprocessing.get_context("spawn" if spawns else "forkserver")
 
 
-def _preload_worker() -> None:
+def preload_worker() -> None:
     """Have the forkserver import once what each worker would import for itself."""
     from multiprocessing.forkserver import _forkserver
 

@@ -33,6 +33,7 @@ from ._arguments import (
     default_context,
     default_max_workers,
     factory_of,
+    preload_worker,
 )
 from ._boundary import dumps_call
 from ._dispatcher import Dispatcher
@@ -240,7 +241,10 @@ class DBPoolExecutor(_JobExecutor):
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
         context = default_context() if mp_context is None else mp_context
-        forks = context.get_start_method() == "fork"
+        start_method = context.get_start_method()
+        if start_method == "forkserver":
+            preload_worker()
+        forks = start_method == "fork"
         sessions = dict(session_options or {})
         if not forks:
             check_pickles("initializer", initializer)

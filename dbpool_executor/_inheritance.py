@@ -5,9 +5,9 @@ inherits the sockets of all open connections. Whatever it does with them there, 
 let the garbage collector have them, is done to the connection of the process that
 opened them. So, at every fork:
 
-- before it, strong references are taken to all connections and to what would end
-  something on them when collected. After the fork is too late: collection can run in
-  the copy before any hook does;
+- before it, strong references are taken to all connections, and the garbage collector
+  is stopped. After the fork is too late: collection can run in the copy before any hook
+  does, and so do the ends of all thread-local values;
 - in the copy, they are kept for ever, and ``/dev/null`` is put over their descriptors.
   They are never closed: a descriptor's number is soon somebody else's.
 """
@@ -15,22 +15,21 @@ opened them. So, at every fork:
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
+import sys
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import chain, compress, tee
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Result, Transaction, event
-from sqlalchemy.orm import Session
+from sqlalchemy import Engine, event
 from sqlalchemy.pool import ConnectionPoolEntry, Pool, PoolProxiedConnection
 
-# What rolls back, says goodbye or reads from its socket when it is collected. Drivers'
-# connections and cursors are known by their shape, PEP 249.
-_TIED = (ConnectionPoolEntry, PoolProxiedConnection, Session, Connection, Transaction)
+# By which a driver's connection is known, PEP 249.
 _CONNECTION_SHAPE = ("cursor", "commit", "rollback", "close")
-_CURSOR_SHAPE = ("execute", "executemany", "fetchone", "fetchmany", "close")
 
 
 class _Watch:
@@ -43,7 +42,8 @@ class _Watch:
         )
         self.knows_older = False  # those from before the import are in `entries` too
         self.graveyard: list[object] = []  # inherited, kept for ever
-        self.fork = threading.local()  # of the thread that forks: held, thorough
+        self.fork = _Fork()
+        self.pause = _CollectionPause()
 
     def live_entries(self) -> list[ConnectionPoolEntry]:
         if not self.knows_older:
@@ -54,13 +54,68 @@ class _Watch:
         return [e for e in found if e is not None and e.dbapi_connection is not None]
 
 
+class _Fork(threading.local):
+    """What a thread keeps while it forks."""
+
+    held: Sequence[object] = ()
+    is_thorough = False
+
+
+class _CollectionPause:
+    """Stops automatic garbage collection for as long as any thread forks."""
+
+    def __init__(self) -> None:
+        # Guards the other two. Never held across a fork: a thread that waits for it
+        # in the copy would wait for ever.
+        self._lock = threading.Lock()
+        self._forking: set[int] = set()  # threads, by get_ident()
+        self._was_on = False  # before the first of them
+
+    def begin(self) -> None:
+        with self._lock:
+            if not self._forking:
+                self._was_on = gc.isenabled()
+            self._forking.add(threading.get_ident())
+            gc.disable()
+
+    def end(self) -> None:
+        with self._lock:
+            self._forking.discard(threading.get_ident())
+            if self._was_on and not self._forking:
+                gc.enable()
+
+    def end_in_child(self) -> None:
+        # Another thread may have held the lock, or been about to fork too.
+        self._lock = threading.Lock()
+        self._forking.clear()
+        self.end()
+
+
 def living(*classes: type) -> list[Any]:
     """Give the objects of some classes that the garbage collector knows.
 
     Takes some 20 ms in a program with 200 000 objects.
     """
-    # type() and not isinstance(): a proxy's __class__ may run anybody's code.
-    return [o for o in gc.get_objects() if issubclass(type(o), classes)]
+    return _living(lambda cls: issubclass(cls, classes))
+
+
+def _living(is_wanted: Callable[[type], bool]) -> list[Any]:
+    # Through C alone, so that no other thread runs while there are references to all
+    # objects: it might let one go, and leave its end to this thread. mysqlclient fails
+    # if the end of a result meets the next query of its connection.
+    # Each by its type() and not by isinstance(): a proxy's __class__ may be a property
+    # that runs anybody's code.
+    types = set(map(type, _all_objects()))
+    wanted = {cls for cls in types if is_wanted(cls)}
+    objects, again = tee(_all_objects())
+    found = [compress(objects, map(wanted.__contains__, map(type, again)))]
+    del objects, again  # or they would keep the last of them
+    return list(found.pop())
+
+
+def _all_objects() -> Iterator[object]:
+    # Asked for at the first next(), let go after the last.
+    return chain.from_iterable(map(gc.get_objects, (None,)))
 
 
 def pool_of(entry: ConnectionPoolEntry) -> Pool | None:
@@ -77,14 +132,13 @@ def live_entries() -> list[ConnectionPoolEntry]:
 def thorough() -> Iterator[None]:
     """Have a fork of this thread inside the block look at every object.
 
-    Also at connections that were made without SQLAlchemy. Without it, that is done
-    only if a connection is checked out.
+    So it finds the connections that were made without SQLAlchemy, or taken from it.
     """
-    _watch.fork.thorough = True
+    _watch.fork.is_thorough = True
     try:
         yield
     finally:
-        _watch.fork.thorough = False
+        _watch.fork.is_thorough = False
 
 
 def refuse_inherited(engine: Engine) -> None:
@@ -96,11 +150,7 @@ def refuse_inherited(engine: Engine) -> None:
     Raises:
         RuntimeError: It is such an engine.
     """
-    inherited = any(
-        isinstance(kept, ConnectionPoolEntry) and pool_of(kept) is engine.pool
-        for kept in _watch.graveyard
-    )
-    if inherited:
+    if engine.pool in _inherited_pools():
         name = module_level_name(engine)
         raise RuntimeError(
             f"the engine factory returned {name or repr(engine)}, which holds "
@@ -111,8 +161,6 @@ def refuse_inherited(engine: Engine) -> None:
 
 def module_level_name(value: object) -> str | None:
     """Find the module and global name of an object; None if it has none."""
-    import sys
-
     for module_name, module in list(sys.modules.items()):
         for name, candidate in list(getattr(module, "__dict__", {}).items()):
             if candidate is value:
@@ -127,10 +175,14 @@ def bury_inherited() -> list[str]:
     opens a connection, and not this package.
 
     Returns:
-        What was inherited, for the parent's log.
+        What was inherited, for the parent's log. Nothing for a fork of the parent: it
+        may have opened connections since its first job.
     """
+    parent = multiprocessing.parent_process()
+    if parent is None or parent.pid == os.getppid():
+        return []
     _bury(_stowaways())
-    pools = {pool_of(e) for e in _watch.graveyard if isinstance(e, ConnectionPoolEntry)}
+    pools = _inherited_pools()
     if not pools:
         return []
     names = [repr(engine) for engine in living(Engine) if engine.pool in pools]
@@ -141,13 +193,16 @@ def bury_inherited() -> list[str]:
     ]
 
 
+def _inherited_pools() -> set[Pool | None]:
+    graveyard = _watch.graveyard
+    return {pool_of(e) for e in graveyard if isinstance(e, ConnectionPoolEntry)}
+
+
 def _stowaways() -> list[object]:
     """Give the connections that this process shares with its parent, unburied."""
     ours, theirs = _sockets("self"), _sockets(str(os.getppid()))
     shared = {fd for fd, inode in ours.items() if inode in theirs.values()}
-    entries = live_entries() if shared else []
-    found = [e for e in entries if shared & _descriptors(e)]
-    return [*found, *_tied_objects()] if found else []
+    return [e for e in _connections() if shared & _descriptors(e)] if shared else []
 
 
 # -- The hooks ------------------------------------------------------------------
@@ -158,54 +213,52 @@ def _note_entry(_connection: object, entry: ConnectionPoolEntry) -> None:
 
 
 def _before_fork() -> None:
-    entries = _watch.live_entries()
-    held: list[object] = list(entries)
-    if getattr(_watch.fork, "thorough", False) or any(e.in_use for e in entries):
-        held += _tied_objects()
+    _watch.pause.begin()
+    held = _connections()
+    if _watch.fork.is_thorough:
+        held += _living(_is_connection)
     _watch.fork.held = held
 
 
 def _after_fork_in_parent() -> None:
-    _watch.fork.held = None
+    _watch.fork.held = ()
+    _watch.pause.end()
 
 
 def _after_fork_in_child() -> None:
-    _bury(_watch.fork.held or [])
-    _watch.fork.held = None
+    # Looked at again: since the first look another thread may have connected.
+    _bury([*_watch.fork.held, *_connections()])
+    _watch.fork = _Fork()
     _watch.entries.clear()
+    _watch.pause.end_in_child()
+
+
+def _connections() -> list[object]:
+    """Give all entries that hold a connection, and what returns it when collected."""
+    entries = live_entries()
+    lent = [getattr(entry, "fairy_ref", None) for entry in entries]
+    return [*entries, *(ref() for ref in lent if ref is not None)]
 
 
 def _bury(held: Iterable[object]) -> None:
-    held = list(held)
+    held = {id(each): each for each in held}.values()
     _watch.graveyard += held
-    with suppress(OSError):
-        null = os.open(os.devnull, os.O_RDWR)
-        try:
-            for each in held:
-                for descriptor in _descriptors(each):
-                    os.dup2(null, descriptor, inheritable=False)
-        finally:
-            os.close(null)
+    for descriptor in set().union(*map(_descriptors, held)):
+        with suppress(OSError):
+            # Closed first: the process may have as many open as it is allowed.
+            os.close(descriptor)
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != descriptor:
+                os.dup2(null, descriptor, inheritable=False)
+                os.close(null)
 
 
-def _tied_objects() -> list[object]:
-    known: dict[type, bool] = {}
-    return [o for o in gc.get_objects() if _is_tied(type(o), known)]
-
-
-def _is_tied(cls: type, known: dict[type, bool]) -> bool:
-    tied = known.get(cls)
-    if tied is None:
-        tied = known[cls] = issubclass(cls, (*_TIED, Result)) or any(
-            all(_has(cls, name) for name in shape)
-            for shape in (_CONNECTION_SHAPE, _CURSOR_SHAPE)
-        )
-    return tied
-
-
-def _has(cls: type, name: str) -> bool:
-    # Not getattr(): a metaclass may run code of its own there.
-    return any(name in base.__dict__ for base in cls.__mro__)
+def _is_connection(cls: type) -> bool:
+    return issubclass(cls, PoolProxiedConnection) or all(
+        # Not getattr(): a metaclass may run code of its own there.
+        any(name in base.__dict__ for base in cls.__mro__)
+        for name in _CONNECTION_SHAPE
+    )
 
 
 def _descriptors(value: object) -> set[int]:
@@ -214,11 +267,11 @@ def _descriptors(value: object) -> set[int]:
         value = value.driver_connection
     found = set()
     # psycopg, psycopg2 and mysqlclient; PyMySQL; asyncpg; aiomysql and asyncmy.
-    for path in ("", "_sock", "_transport._sock", "_writer.transport._sock"):
+    for name in ("", "_sock", "_transport", "_writer"):
         with suppress(Exception):  # closed, or without such an attribute
-            holder: Any = value
-            for name in path.split(".") if path else ():
-                holder = getattr(holder, name)
+            holder: Any = getattr(value, name) if name else value
+            if name in ("_transport", "_writer"):
+                holder = holder.get_extra_info("socket")
             if type(descriptor := holder.fileno()) is int and descriptor >= 0:
                 found.add(descriptor)
     return found
