@@ -7,6 +7,7 @@ transaction, and every future tells the truth about the database.
 
 from ._database import current_engine, session
 from ._executor import DBPoolExecutor
+from ._stats import Stats
 from .errors import (
     ArgumentsLostError,
     DBPoolError,
@@ -39,6 +40,7 @@ __all__ = [
     "OutsideJobError",
     "ResolveNotSupportedError",
     "ResultLostError",
+    "Stats",
     "TransactionAbortedError",
     "WorkerDiedError",
     "WorkerStartError",

@@ -7,6 +7,7 @@ with it.
 from __future__ import annotations
 
 import argparse
+import logging
 import multiprocessing
 import os
 import sys
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     from ._demo import DemoError, Options, run  # noqa: PLC0415 - not in the workers
 
+    logging.disable()  # what matters is told below, in one line
     url = None
     try:
         url = None if options.url is None else _checked(options.url)

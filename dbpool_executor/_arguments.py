@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from multiprocessing.context import BaseContext
 from multiprocessing.reduction import ForkingPickler
+from typing import Any
 
 from sqlalchemy import URL, Engine, create_engine, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from ._boundary import dumps_call
 from ._places import full_name
+from .errors import NotPlainError
 
 _FORMS = (
     "pass a URL, or a function that is defined at the top level of a module:\n\n"
@@ -68,14 +71,51 @@ def check_pickles(name: str, value: object) -> None:
     """
     try:
         ForkingPickler.dumps(value)
+    except RuntimeError:
+        # multiprocessing's locks and queues pickle only while a process is started.
+        return
     except Exception as exc:
         raise TypeError(
-            f"{name} is {value!r}, which does not pickle and so cannot be sent to a "
-            f"worker ({exc}); {_FORMS if name == 'engine_factory' else _TOP_LEVEL}"
+            f"{name} is a {full_name(type(value))} that does not pickle and so cannot "
+            f"be sent to a worker ({exc}); "
+            f"{_FORMS if name == 'engine_factory' else _TOP_LEVEL}"
         ) from exc
 
 
 _TOP_LEVEL = "define it at the top level of a module that the worker can import"
+
+
+def check_session_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Refuse what would tie a worker's sessions to another engine than its own.
+
+    Raises:
+        TypeError: They name an engine or a connection.
+    """
+    try:
+        dumps_call(dict, (), dict(options))
+    except NotPlainError as exc:
+        place = exc.place.replace("kwargs", "session_options", 1)
+        raise TypeError(
+            f"{place} is a {exc.type_name}; leave it out, the sessions of a worker use "
+            "what the engine factory makes there"
+        ) from None
+    except Exception:  # noqa: S110 - under fork it need not pickle
+        pass
+    return dict(options)
+
+
+def check_context(context: object) -> BaseContext:
+    """Refuse what is not a context of multiprocessing.
+
+    Raises:
+        TypeError: It is something else, such as the name of a start method.
+    """
+    if not isinstance(context, BaseContext):
+        raise TypeError(
+            f"mp_context is {context!r}; pass multiprocessing.get_context(name) for a "
+            "start method, or leave it out"
+        )
+    return context
 
 
 def check_count(name: str, value: object) -> int:

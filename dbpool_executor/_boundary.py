@@ -127,14 +127,14 @@ class BoundaryPickler(pickle.Pickler):
 def pickled(
     value: object,
     buffers: list[pickle.PickleBuffer] | None = None,
-    pickler: type[BoundaryPickler] = BoundaryPickler,
-) -> memoryview:
+    pickler: Callable[..., BoundaryPickler] = BoundaryPickler,
+) -> bytes:
     """Pickle a plain value.
 
     Args:
         value: The value.
         buffers: Gets the out-of-band buffers; None keeps them in the pickle.
-        pickler: The class to do it with.
+        pickler: Makes the pickler to do it with.
 
     Raises:
         RefusedError: Holds the value that is not plain.
@@ -143,12 +143,12 @@ def pickled(
     out = io.BytesIO()
     callback = None if buffers is None else buffers.append
     pickler(out, _PROTOCOL, True, callback).dump(value)
-    return out.getbuffer()
+    return out.getvalue()
 
 
 def dumps_call(
     fn: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]
-) -> memoryview:
+) -> bytes:
     """Pickle a call for a worker.
 
     Everything is copied here: what the caller changes later does not reach the job.
@@ -219,7 +219,9 @@ def loads_result(parts: Sequence[Buffer]) -> object:
     Raises:
         Exception: Whatever the unpickling of the value raises.
     """
-    return pickle.loads(parts[0], buffers=parts[1:])
+    # What is made over bytes is read-only; what was large has arrived in a bytearray.
+    buffers = [b if isinstance(b, bytearray) else bytearray(b) for b in parts[1:]]
+    return pickle.loads(parts[0], buffers=buffers)
 
 
 # -- What is said of it ---------------------------------------------------------
@@ -253,6 +255,8 @@ def _note_culprit(error: Exception, roots: Mapping[str, object]) -> None:
 def _pickles(value: object) -> bool:
     try:
         pickled(value)
+    except RefusedError:
+        return True  # what is refused is told of otherwise
     except Exception:
         return False
     return True

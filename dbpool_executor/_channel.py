@@ -229,12 +229,15 @@ def make_ends() -> tuple[socket.socket, socket.socket]:
     """Make the two ends of a channel, which no forked process will share."""
     with _ends_lock:
         ends = socket.socketpair()
+        for end in ends:
+            end.setblocking(True)  # whatever socket.setdefaulttimeout() has said
         _ends.update(ends)
     return ends
 
 
 def own_end(end: socket.socket) -> None:
     """Note an end that another process has made for this one."""
+    end.setblocking(True)
     with _ends_lock:
         _ends.add(end)
 
@@ -246,11 +249,12 @@ def kept_by_child(end: socket.socket) -> Iterator[None]:
     try:
         yield
     finally:
-        del _kept.end
+        _kept.__dict__.pop("end", None)
 
 
 def _close_inherited_ends() -> None:
-    kept = getattr(_kept, "end", None)
+    # Taken out: the block does not end in the child, whose own children keep nothing.
+    kept = _kept.__dict__.pop("end", None)
     for end in list(_ends):
         if end is not kept:
             end.close()

@@ -6,7 +6,9 @@ Runs in a worker.
 from __future__ import annotations
 
 import re
+import sqlite3
 from contextlib import suppress
+from typing import Any
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import ExceptionContext
@@ -19,10 +21,28 @@ from ._alarm import Alarm
 from ._phase import Phase, PhaseRecord
 from .errors import TransactionAbortedError
 
-# MariaDB documentation, "SQL statements that cause an implicit commit".
-_COMMITS_BY_ITSELF = re.compile(
-    r"\s*(ALTER|ANALYZE|CREATE|DROP|GRANT|LOCK|OPTIMIZE|RENAME|REVOKE|TRUNCATE)\b",
-    re.IGNORECASE,
+
+
+def _beginning(words: str) -> re.Pattern[str]:
+    """Match a statement that begins with words, comments before them aside."""
+    comments = r"(?:\s|--[^\n]*\n|#[^\n]*\n|/\*.*?\*/)*"
+    return re.compile(rf"{comments}(?:{words})\b", re.IGNORECASE | re.DOTALL)
+
+
+_COMMITS = _beginning(r"COMMIT|END|PREPARE\s+TRANSACTION")
+# MariaDB documentation, "SQL statements that cause an implicit commit"; and a procedure
+# may do what it likes.
+_COMMITS_ON_MYSQL = _beginning(
+    r"ALTER|ANALYZE|BEGIN|CACHE|CALL|CHANGE|CHECK|COMMIT|CREATE|DROP|FLUSH|GRANT|INSTALL"
+    r"|LOAD\s+INDEX|LOCK|OPTIMIZE|RENAME|REPAIR|RESET|REVOKE"
+    r"|SET\b[^=]*\b(?:AUTOCOMMIT|PASSWORD)|START|STOP|TRUNCATE|UNINSTALL|UNLOCK|XA"
+)
+# Before these alone the sqlite3 module begins a transaction (Python documentation,
+# "sqlite3", "Transaction control").
+_BEGINS_ON_SQLITE = _beginning("INSERT|UPDATE|DELETE|REPLACE")
+_READS_ON_SQLITE = _beginning(
+    r"SELECT|VALUES|EXPLAIN|PRAGMA|BEGIN|ROLLBACK"
+    r"|WITH\b(?!.*\b(?:INSERT|UPDATE|DELETE|REPLACE)\b)"
 )
 _ONE_STATEMENT = "a lock wait timeout undid one statement (error 1205)"
 _ALL_BEFORE = "a deadlock undid everything before it (error 1213)"
@@ -45,14 +65,15 @@ class CommitWatch:
         self._alarm = alarm
         self.by_the_job = False
         self._is_ending = False  # the commits from here on are the executor's
-        self._undone: str | None = None  # what the database undid of the running job
+        self._undone: dict[Connection, str] = {}  # what the database undid, and where
         self._committing: DBAPIConnection | None = None  # the last to be committed
         for name in ("commit", "prepare_twophase", "commit_twophase"):
             event.listen(engine, name, self._before_commit)
         event.listen(engine, "begin", self._before_begin)
         event.listen(engine, "engine_connect", self._note_autocommit)
+        event.listen(engine, "set_connection_execution_options", self._note_options)
+        event.listen(engine, "before_cursor_execute", self._note_statement)
         if engine.dialect.name in ("mysql", "mariadb"):
-            event.listen(engine, "before_cursor_execute", self._note_implicit_commit)
             event.listen(engine, "handle_error", self._note_undone)
             event.listen(engine, "rollback", self._forget_undone)
             event.listen(engine, "rollback_savepoint", self._forget_undone)
@@ -60,7 +81,8 @@ class CommitWatch:
     def begin_job(self) -> None:
         """Note that what follows is the next job's."""
         self.by_the_job = self._is_ending = False
-        self._undone = self._committing = None
+        self._committing = None
+        self._undone.clear()
 
     def end_job(self) -> None:
         """Note that the job's function has returned."""
@@ -71,8 +93,8 @@ class CommitWatch:
         try:
             if _drivers.is_aborted(connection):
                 raise TransactionAbortedError("a database error aborted the transaction")
-            if self._undone is not None:
-                raise TransactionAbortedError(self._undone)
+            if connection in self._undone:
+                raise TransactionAbortedError(self._undone[connection])
             self._alarm.begin_commit()
         except BaseException:
             self.roll_back()
@@ -109,23 +131,40 @@ class CommitWatch:
         if _drivers.autocommits(connection):
             self._note_commit()
 
-    def _note_implicit_commit(
-        self, _connection: object, _cursor: object, statement: str, *_rest: object
+    def _note_options(self, _connection: object, options: dict[str, Any]) -> None:
+        if options.get("isolation_level") == "AUTOCOMMIT":
+            self._note_commit()
+
+    def _note_statement(
+        self, connection: Connection, _cursor: object, statement: str, *_rest: object
     ) -> None:
-        if _COMMITS_BY_ITSELF.match(statement):
+        if _commits_by_itself(connection, statement):
             self._note_commit()
 
     def _note_undone(self, context: ExceptionContext) -> None:
-        error = context.sqlalchemy_exception
-        if not isinstance(error, DBAPIError):
+        error, connection = context.sqlalchemy_exception, context.connection
+        if connection is None or not isinstance(error, DBAPIError):
             return
         number = _drivers.mysql_number(error)
         if number == _drivers.DEADLOCK:
-            self._undone = _ALL_BEFORE
-        elif number == _drivers.LOCK_WAIT_TIMEOUT and self._undone is None:
-            self._undone = _ONE_STATEMENT
+            self._undone[connection] = _ALL_BEFORE
+        elif number == _drivers.LOCK_WAIT_TIMEOUT:
+            self._undone.setdefault(connection, _ONE_STATEMENT)
 
-    def _forget_undone(self, _connection: object, *savepoint: object) -> None:
+    def _forget_undone(self, connection: Connection, *savepoint: object) -> None:
         # A savepoint does not outlive a deadlock.
-        if not savepoint or self._undone == _ONE_STATEMENT:
-            self._undone = None
+        if not savepoint or self._undone.get(connection) == _ONE_STATEMENT:
+            self._undone.pop(connection, None)
+
+
+def _commits_by_itself(connection: Connection, statement: str) -> bool:
+    dialect = connection.dialect.name
+    if dialect in ("mysql", "mariadb"):
+        return _COMMITS_ON_MYSQL.match(statement) is not None
+    driver_connection = connection.connection.driver_connection
+    if isinstance(driver_connection, sqlite3.Connection):
+        if not driver_connection.in_transaction:
+            begins = driver_connection.isolation_level is not None
+            is_harmless = begins and _BEGINS_ON_SQLITE.match(statement)
+            return not (is_harmless or _READS_ON_SQLITE.match(statement))
+    return _COMMITS.match(statement) is not None

@@ -240,7 +240,8 @@ class Database:
 
     def _commit(self) -> None:
         xid = None
-        if self._options.resolve:
+        # Of more than one transaction no answer would be the whole truth.
+        if self._options.resolve and not self._commits.by_the_job:
             xid = _resolution.current_xid(session())
             self._record.note_xid(xid)
         try:

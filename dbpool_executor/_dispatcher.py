@@ -254,7 +254,9 @@ class Dispatcher:
         self._listening = bool(workers.idle) or workers.has_room
         # Looked at again now that the flag is up: what came in between rang no bell.
         waiting = len(self._waiting)
-        due = waiting and (workers.idle or workers.starts_due(waiting))
+        due = waiting and (
+            workers.idle or workers.failure or workers.starts_due(waiting)
+        )
         if due or self._answers or self._is_over():
             timeout: float | None = 0.0
         else:
@@ -312,7 +314,7 @@ class Dispatcher:
             return
         if isinstance(error, WorkerDiedError) and error.outcome is Outcome.ROLLED_BACK:
             self._repeat_or_settle(job, error)
-        elif job.options.resolve and error.outcome is Outcome.UNKNOWN:
+        elif ending.xid and error.outcome is Outcome.UNKNOWN:
             self._resolve(job, error, ending.xid)
         else:
             self._end(job, error)

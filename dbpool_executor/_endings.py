@@ -27,7 +27,7 @@ class Ending(NamedTuple):
         again: The jobs to send again.
         job: The one that ended with it, if any.
         error: What that job ended with.
-        xid: The transaction that it was about to commit, if it was asked to note that.
+        xid: The transaction that it was about to commit; 0 if it has not noted one.
     """
 
     again: list[Job]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from ._boundary import BoundaryPickler, Buffer, pickled
@@ -77,32 +78,80 @@ def _rebuilt(data: Buffer) -> BaseException | None:
 
 
 def _portable(exc: BaseException) -> Buffer:
+    # BaseException, here and below: pickling runs the class's own code, which may do
+    # anything, and must not end the worker.
     try:
-        data = pickled(exc, pickler=_ExceptionPickler)
+        data = pickled(exc, pickler=partial(_ExceptionPickler, {}))
         return data if type(pickle.loads(data)) is type(exc) else b""
-    except Exception:
+    except BaseException:
         return b""
 
 
 class _ExceptionPickler(BoundaryPickler):
-    """Takes apart every exception that its own pickle does not give back."""
+    """Takes apart every exception that its own pickle does not give back.
+
+    Args:
+        known: By ``id()``, how each exception is pickled that was met, and itself.
+        *args: As for ``pickle.Pickler``.
+    """
+
+    def __init__(
+        self, known: dict[int, tuple[BaseException, Any]], *args: Any
+    ) -> None:
+        super().__init__(*args)
+        self._known = known
 
     def reducer_override(self, obj: object) -> Any:
-        if isinstance(obj, BaseException) and not _gives_itself_back(obj):
-            args = tuple(_or_text(arg) for arg in obj.args)
-            state = {k: _or_text(v) for k, v in vars(obj).items()}
-            return _put_together, (type(obj), args, state)
-        return super().reducer_override(obj)
+        if not isinstance(obj, BaseException):
+            return super().reducer_override(obj)
+        if id(obj) not in self._known:
+            # Met again inside itself, it is told as text.
+            self._known[id(obj)] = obj, (str, (_text_of(obj, repr),))
+            self._known[id(obj)] = obj, self._reduced(obj)
+        return self._known[id(obj)][1]
+
+    def _reduced(self, exc: BaseException) -> Any:
+        if _gives_itself_back(exc):
+            return NotImplemented
+        # The builtin class knows the fields that it keeps outside of `args`, such as
+        # the file name of an OSError.
+        base = next(c for c in type(exc).__mro__ if c.__module__ == "builtins")
+        reduced: tuple[Any, ...] = base.__reduce__(exc)  # type: ignore[call-arg, assignment]
+        made_with, fields = reduced[1], reduced[2] if len(reduced) > 2 else None
+        state = {**(fields or {}), **vars(exc)}
+        return _put_together, (
+            type(exc),
+            base,
+            tuple(map(self._or_text, made_with)),
+            tuple(map(self._or_text, exc.args)),
+            {name: self._or_text(value) for name, value in state.items()},
+        )
+
+    def _or_text(self, value: object) -> object:
+        try:
+            again = partial(_ExceptionPickler, self._known)
+            pickle.loads(pickled(value, pickler=again))
+        except BaseException:
+            return _text_of(value, repr)
+        return value
 
 
 def _put_together(
-    cls: type[BaseException], args: tuple[object, ...], state: dict[str, object]
+    cls: type[BaseException],
+    base: type[BaseException],
+    made_with: tuple[object, ...],
+    args: tuple[object, ...],
+    state: dict[str, object],
 ) -> BaseException:
     # A constructor that takes other arguments than it leaves in `args` cannot be
-    # called with them, so none is.
-    exc = cls.__new__(cls, *args)
+    # called with them, so none is but the builtin one.
+    exc = cls.__new__(cls, *made_with)
+    base.__init__(exc, *made_with)
     BaseException.__setattr__(exc, "args", args)
-    vars(exc).update(state)
+    try:
+        exc.__setstate__(state)
+    except Exception:  # a class that guards its attributes
+        vars(exc).update(state)
     return exc
 
 
@@ -114,27 +163,19 @@ def _gives_itself_back(exc: BaseException) -> bool:
             and str(twin) == str(exc)
             and repr(twin.args) == repr(exc.args)
         )
-    except Exception:
+    except BaseException:
         return False
-
-
-def _or_text(value: object) -> object:
-    try:
-        pickle.loads(pickled(value, pickler=_ExceptionPickler))
-    except Exception:
-        return _text_of(value, repr)
-    return value
 
 
 def _text_of(value: object, to_text: Callable[[object], str]) -> str:
     try:
-        return to_text(value)
-    except Exception:
+        return str.__str__(to_text(value))  # not a subclass, which may not pickle
+    except BaseException:
         return object.__repr__(value)
 
 
 def _traceback_of(exc: BaseException) -> str:
     try:
         return "".join(traceback.format_exception(exc))
-    except Exception:  # a class whose notes or attributes raise
+    except BaseException:  # a class whose notes or attributes raise
         return "".join(traceback.format_tb(exc.__traceback__))

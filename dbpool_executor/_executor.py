@@ -13,11 +13,9 @@ with what comes back. The worker runs the job as one transaction.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future
 from functools import partial
@@ -28,8 +26,10 @@ from typing import Any, ParamSpec, Self, TypeVar
 from sqlalchemy import URL, Engine
 
 from ._arguments import (
+    check_context,
     check_count,
     check_pickles,
+    check_session_options,
     default_context,
     default_max_workers,
     factory_of,
@@ -41,6 +41,7 @@ from ._job import Job, JobFuture
 from ._local import LocalWorker
 from ._options import DEFAULTS, JobOptions, dumps_options
 from ._parent import AnyEngine, engines_of, prepare
+from ._results import ChunkResults, Results
 from ._stats import Stats
 from ._worker import WorkerSetup, run_chunk
 
@@ -125,10 +126,10 @@ class _JobExecutor(Executor):
         deadline = None if timeout is None else time.monotonic() + timeout
         calls = zip(*iterables, strict=False)
         if chunksize == 1:
-            return _results((self.submit(fn, *c) for c in calls), buffersize, deadline)
+            return Results((self.submit(fn, *c) for c in calls), buffersize, deadline)
         chunks = iter(lambda: tuple(itertools.islice(calls, chunksize)), ())
         jobs = (self.submit(run_chunk, fn, chunk) for chunk in chunks)
-        return _flattened(_results(jobs, buffersize, deadline))
+        return ChunkResults(Results(jobs, buffersize, deadline))
 
     def options(
         self,
@@ -240,14 +241,15 @@ class DBPoolExecutor(_JobExecutor):
             check_count("max_tasks_per_child", max_tasks_per_child)
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
-        context = default_context() if mp_context is None else mp_context
+        context = default_context() if mp_context is None else check_context(mp_context)
         start_method = context.get_start_method()
         if start_method == "forkserver":
             preload_worker()
         forks = start_method == "fork"
-        sessions = dict(session_options or {})
+        sessions = check_session_options(session_options or {})
         if not forks:
             check_pickles("initializer", initializer)
+            check_pickles("initargs", tuple(initargs))
             check_pickles("session_options", sessions)
         setup = WorkerSetup(
             factory, sessions, initializer, tuple(initargs), max_workers
@@ -352,51 +354,3 @@ class _View(_JobExecutor):
 
     def __repr__(self) -> str:
         return f"<{self._options!r} on {self._executor!r}>"
-
-
-def _results(
-    jobs: Iterator[Future[T]], buffersize: int | None, deadline: float | None
-) -> Iterator[T]:
-    # Submitted now and not at the first next(), as map() does everywhere.
-    futures = deque(itertools.islice(jobs, buffersize))
-    return _take_results(jobs, futures, deadline)
-
-
-def _take_results(
-    jobs: Iterator[Future[T]], futures: deque[Future[T]], deadline: float | None
-) -> Iterator[T]:
-    stopped: Exception | None = None
-    try:
-        while futures:
-            yield _take_result(futures, deadline)
-            if stopped is None:
-                try:
-                    futures.extend(itertools.islice(jobs, 1))
-                except Exception as exc:
-                    # The results of what was submitted come first.
-                    stopped = exc
-        if stopped is not None:
-            raise stopped
-    finally:
-        for future in futures:
-            future.cancel()
-
-
-def _take_result(futures: deque[Future[T]], deadline: float | None) -> T:
-    # A function of its own, so that the generator's frame keeps no result alive.
-    future = futures.popleft()
-    try:
-        if deadline is None:
-            return future.result()
-        return future.result(deadline - time.monotonic())
-    finally:
-        future.cancel()
-        del future
-
-
-def _flattened(lists: Iterator[list[T]]) -> Iterator[T]:
-    with contextlib.closing(lists):  # type: ignore[type-var]
-        for items in lists:
-            items.reverse()
-            while items:
-                yield items.pop()

@@ -293,10 +293,10 @@ def _sockets(process: str) -> dict[int, str]:
 # so they stay, and look up what they call by name.
 if "_watch" not in globals():
     _watch = _Watch()
-    event.listen(Pool, "connect", lambda *args: _note_entry(*args))
+    event.listen(Pool, "connect", lambda *args: _note_entry(*args))  # noqa: PLW0108
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(
-            before=lambda: _before_fork(),
-            after_in_parent=lambda: _after_fork_in_parent(),
-            after_in_child=lambda: _after_fork_in_child(),
+            before=lambda: _before_fork(),  # noqa: PLW0108 - see above
+            after_in_parent=lambda: _after_fork_in_parent(),  # noqa: PLW0108
+            after_in_child=lambda: _after_fork_in_child(),  # noqa: PLW0108
         )

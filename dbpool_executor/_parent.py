@@ -5,6 +5,7 @@ Runs in the parent.
 
 from __future__ import annotations
 
+import gc
 import os
 import sqlite3
 import stat
@@ -90,8 +91,12 @@ def prepare_fork() -> None:
             (sqlite.org/howtocorrupt.html, section 2.6).
     """
     _close_idle()
-    if files := _open_sqlite_files():
-        raise OpenConnectionsError(tuple(files))
+    if _open_sqlite_files():
+        # A file that was closed stays open for as long as a cursor on it lives, perhaps
+        # as garbage (sqlite.org/c3ref/close.html).
+        gc.collect()
+        if files := _open_sqlite_files():
+            raise OpenConnectionsError(tuple(files))
 
 
 def _close_idle() -> None:

@@ -53,6 +53,7 @@ class PhaseRecord:
         # First written, then read, against recall(), which writes first and has
         # begun() read a while later: at least one of the two sees the other.
         self._begun = number
+        self._words[2] = 0  # what another job has noted
         self.advance(Phase.RUNNING)
         return number > self._words[1]
 
@@ -70,7 +71,7 @@ class PhaseRecord:
         self._words[2] = xid
 
     def read_xid(self) -> int:
-        """Read what was noted last, in either process."""
+        """Read what the last job has noted, in either process; 0 if nothing."""
         return self._words[2]
 
     def recall(self, number: int) -> None:

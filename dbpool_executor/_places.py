@@ -41,7 +41,7 @@ def place_of(culprit: object, roots: Mapping[str, object]) -> str | None:
             return place
         if id(value) not in seen:
             seen[id(value)] = value
-            stack.extend(list(_children(place, value))[::-1])
+            stack.extend(_listed(place, value)[::-1])
     return None
 
 
@@ -68,7 +68,7 @@ def innermost(
             break
         found = inner
         seen[id(inner[1])] = inner[1]
-        candidates = _children(*inner)
+        candidates = iter(_listed(*inner))
     return found
 
 
@@ -78,17 +78,24 @@ _LEAVES = (
 )  # fmt: skip
 
 
+def _listed(place: str, value: object) -> list[tuple[str, object]]:
+    found: list[tuple[str, object]] = []
+    with suppress(Exception):  # a value that raises when it is looked at
+        found.extend(_children(place, value))
+    return found
+
+
 def _children(place: str, value: object) -> Iterator[tuple[str, object]]:
     """Give the places and values directly inside a value."""
     if isinstance(value, _LEAVES):
         return
-    if isinstance(value, Row):
-        yield from _items(place, value._mapping)
-    elif isinstance(value, (RowMapping, Mapping)):
+    if place.startswith(("a key of ", "an element of ")):
+        place = f"({place})"
+    if isinstance(value, (RowMapping, Mapping)):
         yield from _items(place, value)
     elif isinstance(value, tuple) and hasattr(value, "_fields"):
         yield from ((f"{place}.{k}", v) for k, v in zip(value._fields, value, strict=True))
-    elif isinstance(value, (list, tuple, deque)):
+    elif isinstance(value, (list, tuple, deque, Row)):
         yield from ((f"{place}[{i}]", v) for i, v in enumerate(value))
     elif isinstance(value, AbstractSet):
         yield from ((f"an element of {place}", v) for v in value)
@@ -100,6 +107,7 @@ def _children(place: str, value: object) -> Iterator[tuple[str, object]]:
         yield f"{place}.__self__", value.__self__
     if isinstance(value, BaseException):
         yield f"{place}.args", value.args
+    yield from _slots(place, value)
     attributes = getattr(value, "__dict__", None)
     if isinstance(attributes, dict):
         yield from ((f"{place}.{k}", v) for k, v in attributes.items())
@@ -109,6 +117,14 @@ def _children(place: str, value: object) -> Iterator[tuple[str, object]]:
             reduced = value.__reduce_ex__(5)
             if isinstance(reduced, tuple):
                 yield from _reduced(place, reduced[1:])
+
+
+def _slots(place: str, value: object) -> Iterator[tuple[str, object]]:
+    for cls in type(value).__mro__:
+        names = cls.__dict__.get("__slots__", ())
+        for name in (names,) if isinstance(names, str) else names:
+            with suppress(AttributeError):
+                yield f"{place}.{name}", getattr(value, name)
 
 
 def _items(

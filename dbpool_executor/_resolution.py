@@ -22,7 +22,7 @@ _CURRENT = text("SELECT CAST(pg_current_xact_id_if_assigned() AS text)")
 _STATUS = text("SELECT pg_xact_status(CAST(:xid AS xid8))")
 _OUTCOMES = {"committed": Outcome.COMMITTED, "aborted": Outcome.ROLLED_BACK}
 
-NOTHING_WRITTEN = 0
+NOTHING_WRITTEN = 1  # "BootstrapTransactionId", which no transaction of ours has
 """In place of a transaction's id: it has none, so COMMIT has nothing to store."""
 
 

@@ -19,7 +19,7 @@ from . import _rules
 from ._boundary import Buffer
 from ._channel import Kind, Message
 from ._endings import Ending, error_at_end
-from ._exceptions import loads_exception, set_cause
+from ._exceptions import dumps_exception, loads_exception, set_cause
 from ._job import Job
 from ._local import LocalWorker
 from ._phase import RECALL_DELAY
@@ -139,7 +139,8 @@ class Workers:
             body = self._start()
         except Exception as exc:
             log.warning("a worker could not be started", exc_info=True)
-            self._note_failed_start(f"{type(exc).__name__}: {exc}", None)
+            text = f"{type(exc).__name__}: {exc}"
+            self._note_failed_start(text, dumps_exception(exc))
             return
         if self._ended > self.replaced:
             self.replaced += 1

@@ -350,8 +350,9 @@ class WorkerDiedError(DBPoolError, BrokenProcessPool):
         when = {
             Outcome.NEVER_STARTED: "before it could call the job's function",
         }.get(self.outcome, "while it ran the job")
+        worker = "the worker" if self.pid is None else f"worker {self.pid}"
         return (
-            f"worker {self.pid} {describe_exit(self.exitcode)} {when} (the job's "
+            f"{worker} {describe_exit(self.exitcode)} {when} (the job's "
             f"outcome: {self.outcome.value}); the worker is replaced and other jobs "
             "are not affected; see the job's own log or the system's for the reason"
         )

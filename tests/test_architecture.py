@@ -1,0 +1,225 @@
+"""The shape of the package: which module runs where, and which imports which.
+
+Reads the source; nothing is run.
+"""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import dbpool_executor
+
+PACKAGE = Path(dbpool_executor.__file__).parent
+TREES = {path.stem: ast.parse(path.read_text()) for path in PACKAGE.glob("*.py")}
+
+# Modules of the package's own that each may import; the order is from the bottom up.
+MAY_IMPORT: dict[str, set[str]] = {
+    # Both processes.
+    "errors": set(),
+    "_inheritance": set(),
+    "_options": set(),
+    "_phase": set(),
+    "_places": set(),
+    "_boundary": {"_places", "errors"},
+    "_channel": {"_boundary"},
+    "_exceptions": {"_boundary", "_places", "errors"},
+    # Workers.
+    "_alarm": set(),
+    "_drivers": set(),
+    "_notes": {"_inheritance"},
+    "_resolution": {"errors"},
+    "_commits": {"_alarm", "_drivers", "_phase", "errors"},
+    "_database": {
+        "_alarm", "_boundary", "_commits", "_drivers", "_inheritance", "_options",
+        "_phase", "_places", "_resolution", "errors",
+    },
+    "_worker": {
+        "_boundary", "_channel", "_database", "_exceptions", "_inheritance", "_notes",
+        "_options", "_phase", "_places", "_resolution", "errors",
+    },
+    # The parent.
+    "_exit": set(),
+    "_stats": set(),
+    "_arguments": {"_boundary", "_places", "errors"},
+    "_results": set(),
+    "_parent": {"_inheritance", "_places", "errors"},
+    "_rules": {"_phase", "errors"},
+    "_job": {"_boundary", "_channel", "_exceptions", "_options", "errors"},
+    "_local": {"_channel", "_inheritance", "_parent", "_phase", "_worker"},
+    "_endings": {"_exceptions", "_job", "errors"},
+    "_workers": {
+        "_boundary", "_channel", "_endings", "_exceptions", "_job", "_local", "_phase",
+        "_rules", "errors",
+    },
+    "_dispatcher": {
+        "_boundary", "_channel", "_endings", "_exit", "_job", "_local", "_rules",
+        "_stats", "_worker", "_workers", "errors",
+    },
+    "_executor": {
+        "_arguments", "_boundary", "_dispatcher", "_job", "_local", "_options",
+        "_parent", "_results", "_stats", "_worker",
+    },
+    # The front door, and what comes through it.
+    "__init__": {"_database", "_executor", "_stats", "errors"},
+    "_demo_jobs": {"__init__"},
+    "_demo": {"__init__", "_demo_jobs"},
+    "__main__": {"__init__", "_demo"},
+}  # fmt: skip
+
+WHERE = re.compile(
+    r"\bRuns in (?P<where>a worker|the workers|the parent|both processes|every process)"
+)
+
+
+def imported_by(tree: ast.Module) -> Iterator[str]:
+    """Give the modules of the package that one imports, anywhere in it."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.ImportFrom(module=str(module), level=1):
+                yield module.split(".")[0]
+            case ast.ImportFrom(module=None, level=1, names=names):
+                modules = {name.name for name in names} & set(TREES)
+                yield from modules or {"__init__"}
+            case ast.ImportFrom(module=str(module), level=0):
+                path = module.split(".")
+                if path[0] == PACKAGE.name:
+                    yield path[1] if len(path) > 1 else "__init__"
+            case ast.Import(names=names):
+                for name in names:
+                    path = name.name.split(".")
+                    if path[0] == PACKAGE.name:
+                        yield path[1] if len(path) > 1 else "__init__"
+
+
+IMPORTS = {name: set(imported_by(tree)) for name, tree in TREES.items()}
+
+
+def reached_from(module: str) -> set[str]:
+    """Give the modules that one imports, directly and through others."""
+    reached: set[str] = set()
+    ahead = [module]
+    while ahead:
+        for found in IMPORTS[ahead.pop()] - reached:
+            reached.add(found)
+            ahead.append(found)
+    return reached
+
+
+def where_runs(module: str) -> str | None:
+    """Give the process that a module's docstring says that it runs in."""
+    docstring = " ".join((ast.get_docstring(TREES[module]) or "").split())
+    found = WHERE.search(docstring)
+    return None if found is None else found["where"]
+
+
+def test_every_module_has_its_place_in_the_table() -> None:
+    """A new module is entered, one that is gone is taken out."""
+    assert sorted(MAY_IMPORT) == sorted(TREES)
+
+
+def test_every_module_imports_only_what_the_table_allows() -> None:
+    """A new edge between two modules is a decision."""
+    more = {
+        name: found - MAY_IMPORT.get(name, set()) for name, found in IMPORTS.items()
+    }
+    assert {name: found for name, found in more.items() if found} == {}
+
+
+def test_table_allows_no_more_than_is_used() -> None:
+    """An edge that is gone is taken out, so that it does not come back unseen."""
+    more = {name: may - IMPORTS.get(name, set()) for name, may in MAY_IMPORT.items()}
+    del more["__init__"]  # a list of names, which comes and goes with them
+    assert {name: found for name, found in more.items() if found} == {}
+
+
+def test_imports_point_one_way() -> None:
+    """No module imports itself through others."""
+    order = list(graphlib.TopologicalSorter(IMPORTS).static_order())
+    assert set(order) == set(TREES)
+
+
+@pytest.mark.parametrize("module", sorted(TREES.keys() - {"__init__"}))
+def test_module_says_which_process_it_runs_in(module: str) -> None:
+    """The first question of every reader, answered in the docstring."""
+    assert where_runs(module) is not None
+
+
+@pytest.mark.parametrize("module", sorted(TREES.keys() - {"__init__"}))
+def test_what_runs_in_a_worker_imports_nothing_of_the_parents(module: str) -> None:
+    """Directly or through others."""
+    if where_runs(module) == "the parent" or "__init__" in IMPORTS[module]:
+        return
+    parents = {m for m in TREES.keys() - {"__init__"} if where_runs(m) == "the parent"}
+    assert reached_from(module) & parents == set()
+
+
+def test_modules_of_workers_say_so() -> None:
+    """The check above is about these, at the least."""
+    workers = [
+        "_worker",
+        "_database",
+        "_boundary",
+        "_exceptions",
+        "_places",
+        "_channel",
+    ]
+    for module in [*workers, "_phase", "_options", "errors"]:
+        assert where_runs(module) in ("a worker", "both processes")
+    for module in ("_executor", "_dispatcher", "_workers", "_local", "_rules"):
+        assert where_runs(module) == "the parent"
+
+
+def test_front_door_is_a_list_of_names() -> None:
+    """Its first screen shows the whole vocabulary, and nothing else."""
+    docstring, *rest = TREES["__init__"].body
+    assert isinstance(docstring, ast.Expr)
+    assert isinstance(docstring.value, ast.Constant)
+    *imports, names = rest
+    assert all(isinstance(node, ast.ImportFrom) for node in imports)
+    assert isinstance(names, ast.Assign)
+    assert ast.unparse(names.targets[0]) == "__all__"
+    assert isinstance(names.value, ast.List)
+    assert len((PACKAGE / "__init__.py").read_text().splitlines()) < 60
+
+
+def test_front_door_imports_what_it_lists() -> None:
+    """Every name that is imported there is public, and every public name is there."""
+    found = {
+        alias.asname or alias.name
+        for node in TREES["__init__"].body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert found == set(dbpool_executor.__all__)
+
+
+def test_public_modules_are_few() -> None:
+    """Everything else begins with an underscore, and no name says nothing."""
+    public = {module for module in TREES if not module.startswith("_")}
+    assert public <= {"errors", "testing"}
+    assert not {"_utils", "_base", "_helpers", "_common"} & set(TREES)
+
+
+def test_package_needs_sqlalchemy_and_nothing_else() -> None:
+    """At import; what is optional is imported where it is used."""
+    allowed = {*sys.stdlib_module_names, "sqlalchemy", PACKAGE.name}
+    for module, tree in TREES.items():
+        for node in tree.body:
+            names: list[str] = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            assert {name.split(".")[0] for name in names} <= allowed, module
+
+
+def test_package_tells_type_checkers_that_it_is_typed() -> None:
+    """PEP 561."""
+    assert (PACKAGE / "py.typed").is_file()

@@ -1,0 +1,653 @@
+"""What crosses between processes, and what is refused by name and place.
+
+In this process for the most part; the last tests send values to two workers and back.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import math
+import multiprocessing
+import operator
+import pickle
+import sqlite3
+import threading
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from decimal import Decimal
+from fractions import Fraction
+from functools import partial
+from ipaddress import ip_address
+from pathlib import PurePosixPath
+from types import MappingProxyType, SimpleNamespace
+from typing import Any
+from uuid import UUID
+
+import numpy as np
+import pandas as pd
+import psycopg
+import psycopg2.extensions
+import psycopg2.extras
+import pymysql
+import pymysql.cursors
+import pytest
+import sqlalchemy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sqlalchemy import Engine, create_engine, inspect, make_url, select
+from sqlalchemy.dialects.mysql import aiomysql
+from sqlalchemy.dialects.postgresql import asyncpg
+from sqlalchemy.dialects.postgresql import psycopg as psycopg_dialect
+from sqlalchemy.dialects.sqlite import aiosqlite
+from sqlalchemy.ext.asyncio import (
+    AsyncConnection,
+    AsyncEngine,
+    AsyncResult,
+    AsyncScalarResult,
+    AsyncSession,
+    async_scoped_session,
+    async_sessionmaker,
+    create_async_engine,
+)
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from sqlalchemy.pool import StaticPool
+
+import jobs
+import servers
+import values
+from dbpool_executor import DBPoolExecutor, NotPlainError, Outcome
+from dbpool_executor._boundary import (
+    dumps_call,
+    dumps_result,
+    loads_call,
+    loads_result,
+    remedy_for,
+)
+from dbpool_executor.errors import ArgumentsLostError, ResultLostError
+from models import Base, Item
+from servers import Database
+from values import Access, Box, Colour, Customer, FrozenBox, Pair, Slotted, Thing
+from waiting import LONGEST
+
+# -- What is refused ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    """A database in memory that holds one item."""
+    engine = create_engine("sqlite://", poolclass=StaticPool)
+    Base.metadata.create_all(engine)
+    with Session(engine) as session, session.begin():
+        session.add(Item(id=1, name="one", amount=7))
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def session(engine: Engine) -> Iterator[Session]:
+    """A session of this process."""
+    with Session(engine) as session:
+        yield session
+
+
+MAPPED = "return its primary key or a dict"
+READ = "return the values that you read with it"
+ROWS = "return its rows, result.all()"
+
+REFUSED: dict[str, tuple[Callable[[Session], object], str]] = {
+    "mapped instance": (lambda s: s.get(Item, 1), MAPPED),
+    "pending instance": (lambda _: Item(id=2), MAPPED),
+    "instance state": (lambda s: inspect(s.get(Item, 1)), MAPPED),
+    "session": (lambda s: s, READ),
+    "scoped session": (lambda _: scoped_session(sessionmaker()), READ),
+    "sessionmaker": (lambda _: sessionmaker(), READ),
+    "engine": (lambda s: s.get_bind(), READ),
+    "connection": (lambda s: s.connection(), READ),
+    "pool's connection": (lambda s: s.connection().connection, READ),
+    "sqlite3 connection": (lambda s: s.connection().connection.dbapi_connection, READ),
+    "sqlite3 cursor": (lambda s: s.connection().connection.cursor(), READ),
+    "result": (lambda s: s.execute(select(Item)), ROWS),
+    "core result": (lambda s: s.connection().execute(select(Item.id)), ROWS),
+    "scalars": (lambda s: s.scalars(select(Item)), ROWS),
+    "mappings": (lambda s: s.execute(select(Item)).mappings(), ROWS),
+    "unique": (lambda s: s.execute(select(Item)).unique(), ROWS),
+    "query": (lambda s: s.query(Item), ROWS),
+    "async session": (lambda _: AsyncSession(), READ),
+    "async sessionmaker": (lambda _: async_sessionmaker(), READ),
+    "async scoped session": (
+        lambda _: async_scoped_session(async_sessionmaker(), threading.get_ident),
+        READ,
+    ),
+    "async engine": (lambda _: async_engine(), READ),
+    "async connection": (lambda _: async_engine().connect(), READ),
+}
+
+
+def async_engine() -> AsyncEngine:
+    """Make an asynchronous engine, which connects to nothing yet."""
+    return create_async_engine("postgresql+psycopg://user:secret@localhost/db")
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_result_with_a_tie_to_a_database_is_refused(
+    session: Session, kind: str
+) -> None:
+    """Alone or inside something, it is named with its place and what to return."""
+    make, remedy = REFUSED[kind]
+    value = make(session)
+    for result, place in [(value, "result"), ({"a": [value]}, "result['a'][0]")]:
+        with pytest.raises(NotPlainError) as caught:
+            dumps_result(result)
+        cls = type(value)
+        assert caught.value.place == place
+        assert caught.value.type_name == f"{cls.__module__}.{cls.__qualname__}"
+        assert caught.value.remedy == remedy
+        assert caught.value.outcome is Outcome.ROLLED_BACK
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_argument_with_a_tie_to_a_database_is_refused(
+    session: Session, kind: str
+) -> None:
+    """The job never starts, and the remedy speaks of passing, not of returning."""
+    make, _ = REFUSED[kind]
+    value = make(session)
+    with pytest.raises(NotPlainError) as caught:
+        dumps_call(print, (1, value), {})
+    assert caught.value.place == "args[1]"
+    assert caught.value.outcome is Outcome.NEVER_STARTED
+    assert "return" not in caught.value.remedy
+    with pytest.raises(NotPlainError) as caught:
+        dumps_call(print, (), {"end": [value]})
+    assert caught.value.place == "kwargs['end'][0]"
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [
+        psycopg.Connection,
+        psycopg.AsyncConnection,
+        psycopg.Cursor,
+        psycopg.AsyncCursor,
+        psycopg.ClientCursor,
+        psycopg.ServerCursor,
+        psycopg2.extensions.connection,
+        psycopg2.extensions.cursor,
+        psycopg2.extras.DictCursor,
+        pymysql.connections.Connection,
+        pymysql.cursors.Cursor,
+        pymysql.cursors.SSDictCursor,
+        sqlite3.Connection,
+        sqlite3.Cursor,
+        asyncpg.AsyncAdapt_asyncpg_connection,
+        asyncpg.AsyncAdapt_asyncpg_cursor,
+        aiosqlite.AsyncAdapt_aiosqlite_connection,
+        aiosqlite.AsyncAdapt_aiosqlite_cursor,
+        aiomysql.AsyncAdapt_aiomysql_connection,
+        aiomysql.AsyncAdapt_aiomysql_cursor,
+        psycopg_dialect.AsyncAdapt_psycopg_connection,
+        psycopg_dialect.AsyncAdapt_psycopg_cursor,
+        AsyncResult,
+        AsyncScalarResult,
+        AsyncConnection,
+    ],
+    ids=lambda cls: f"{cls.__module__}.{cls.__qualname__}",
+)
+def test_class_of_a_driver_is_known_for_what_it_is(cls: type) -> None:
+    """Connections and cursors are told by their methods, whoever made them."""
+    assert remedy_for(cls) is not None
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [
+        int, dict, type, Box, Pair, Colour, Customer, Thing, np.ndarray, pd.DataFrame,
+        sqlalchemy.Row, sqlalchemy.RowMapping, sqlalchemy.URL, sqlalchemy.Table,
+        threading.Thread, type(Item),
+    ],
+)  # fmt: skip
+def test_other_classes_are_plain(cls: type) -> None:
+    """Whether their instances pickle is their own affair."""
+    assert remedy_for(cls) is None
+
+
+def test_message_says_what_which_why_and_what_now() -> None:
+    """The sentence, word by word."""
+    with pytest.raises(NotPlainError) as caught:
+        dumps_result({"rows": [1, 2, 3, Item(id=1)]})
+    assert str(caught.value) == (
+        "result['rows'][3] is a models.Item, which is tied to the process that made it "
+        "and cannot leave it (the job's outcome: rolled back); return its primary key "
+        "or a dict"
+    )
+    with pytest.raises(NotPlainError) as caught:
+        dumps_call(print, (), {"end": Item(id=1)})
+    assert str(caught.value) == (
+        "kwargs['end'] is a models.Item, which is tied to the process that made it and "
+        "cannot leave it (the job's outcome: never started); pass its primary key or a "
+        "dict"
+    )
+
+
+def test_mapped_instance_in_a_row_is_refused(session: Session) -> None:
+    """A row is plain, what it holds need not be; the place leads to it."""
+    rows = session.execute(select(Item.id, Item)).all()
+    mappings = session.execute(select(Item.id, Item)).mappings().all()
+    for result in (rows, rows[0], mappings, mappings[0]):
+        with pytest.raises(NotPlainError) as caught:
+            dumps_result(result)
+        assert eval(caught.value.place, {"result": result}) is session.get(Item, 1)
+
+
+def test_mapped_instance_in_a_set_is_refused() -> None:
+    """A set has no places, so the error says that it is an element."""
+    item = Item(id=1)
+    for result in ({1, item}, frozenset([item])):
+        with pytest.raises(NotPlainError, match=r"^an element of result is a models\."):
+            dumps_result(result)
+
+
+def test_mapped_instance_in_an_array_or_frame_is_refused() -> None:
+    """Also where only numpy and pandas know how to reach it."""
+    item = Item(id=1)
+    with pytest.raises(NotPlainError) as caught:
+        dumps_result(np.array([1, item], dtype=object))
+    assert caught.value.place == "result[1]"
+    with pytest.raises(NotPlainError, match=r"result is a models\.Item"):
+        dumps_result(pd.DataFrame({"items": pd.Series([item], dtype=object)}))
+
+
+def test_mapped_class_itself_is_plain() -> None:
+    """A job may be told which class to work on, or to call one of its methods."""
+    assert loads_result(dumps_result([Item, {"of": Item}])) == [Item, {"of": Item}]
+    fn, args, kwargs = loads_call(dumps_call(Item, (), {"name": "a"}))
+    assert (fn, args, kwargs) == (Item, (), {"name": "a"})
+
+
+# -- What does not pickle ---------------------------------------------------------
+
+
+def test_value_that_does_not_pickle_fails_as_itself_and_says_where() -> None:
+    """The error is the value's own; a note adds the innermost place."""
+    with pytest.raises(LookupError, match="this does not pickle") as caught:
+        dumps_result({"a": [0, Box(values.Unpicklable())]})
+    (note,) = caught.value.__notes__
+    assert note == (
+        "result['a'][1].content is a values.Unpicklable, which does not pickle; only "
+        "plain values cross between processes"
+    )
+    with pytest.raises(TypeError) as lock:
+        dumps_call(print, (1, {2: threading.Lock()}), {})
+    (note,) = lock.value.__notes__
+    assert note.startswith("args[1][2] is a _thread.lock, which does not pickle")
+
+
+def test_function_that_does_not_pickle_is_named() -> None:
+    """The commonest case: a lambda."""
+    with pytest.raises((pickle.PicklingError, AttributeError)) as caught:
+        dumps_call(lambda: None, (), {})
+    (note,) = caught.value.__notes__
+    assert note.startswith("fn is a function, which does not pickle")
+
+
+def test_note_does_not_look_inside_what_is_refused() -> None:
+    """What does not pickle by itself may hold what is refused, but no more."""
+    with pytest.raises(TypeError, match="cannot pickle 'mappingproxy'") as caught:
+        dumps_result({"a": MappingProxyType({"b": Item(id=1)})})
+    (note,) = caught.value.__notes__
+    assert note.startswith(("result['a'] is a mapp", "result['a']['b'] is a models"))
+
+
+def test_value_that_is_nested_too_deeply_fails_alone() -> None:
+    """The pickler's own limit is an error of this job and nothing else."""
+    value: list[Any] = []
+    for _ in range(100_000):
+        value = [value]
+    with pytest.raises(RecursionError):
+        dumps_result(value)
+    while value:  # taken apart by hand: its own end would nest as deeply
+        value = value.pop()
+
+
+# -- What crosses, in this process -------------------------------------------------
+
+PLAIN: dict[str, Any] = {
+    "none": None,
+    "number": 1 << 200,
+    "text": "naïve \0 \N{SNOWMAN} \ud800",
+    "bytes": (b"\0" * 70_000, bytearray(b"ab")),
+    "nested": {"a": [(1, {2, 3}), frozenset({"x"}), {None: [[]]}]},
+    "slice and range": [slice(1, 2), range(3), ...],
+    "decimal": [Decimal("1.10"), Fraction(1, 3), 1j, math.inf],
+    "dates": [
+        dt.date(2024, 2, 29),
+        dt.datetime(2024, 2, 29, 12, 30, 1, 5, tzinfo=dt.UTC),
+        dt.time(1, 2),
+        dt.timedelta(days=1, microseconds=3),
+    ],
+    "uuid": UUID("12345678123456781234567812345678"),
+    "address": [ip_address("::1"), PurePosixPath("/etc/x"), make_url("sqlite://")],
+    "enum": [Colour.RED, Access.READ | Access.WRITE, {Colour.BLUE: 1}],
+    "named tuple": Pair(1, [Pair("a", None)]),
+    "dataclass": [Box([1], "label"), FrozenBox((1,))],
+    "invoice": values.Invoice(
+        UUID(int=1), dt.date(2024, 1, 1), Decimal("9.99"), Colour.RED, [Pair(1, 2)]
+    ),
+    "object": Thing(a=1, b=Thing(c=[2])),
+    "pydantic": Customer(name="Ada", born=dt.date(1815, 12, 10), tags={"a": [1]}),
+    "containers": [
+        deque([1, 2], maxlen=3),
+        OrderedDict(b=1, a=2),
+        defaultdict(list, {"a": [1]}),
+        SimpleNamespace(a=[1]),
+    ],
+    "function": [operator.add, len, values.identity, [].append.__name__],
+    "exception type": [ValueError, values.PickyError],
+}
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_plain_value_comes_back_equal(kind: str) -> None:
+    """As a result and as an argument, with the type it had."""
+    value = PLAIN[kind]
+    for twin in (
+        loads_result(dumps_result(value)),
+        loads_call(dumps_call(print, (value,), {}))[1][0],
+        loads_call(dumps_call(print, (), {"end": value}))[2]["end"],
+    ):
+        assert twin == value
+        assert repr(twin) == repr(value) or isinstance(value, Thing)
+
+
+def test_objects_that_are_shared_stay_shared() -> None:
+    """Two names of one list are one list on the other side, and a cycle is a cycle."""
+    shared: list[Any] = [1]
+    shared.append(shared)
+    twin: Any = loads_result(dumps_result({"a": shared, "b": shared}))
+    assert twin["a"] is twin["b"]
+    assert twin["a"][1] is twin["a"]
+
+
+def test_array_crosses_beside_the_pickle() -> None:
+    """The memory of an array is a part of its own, not copied into the pickle."""
+    array = np.arange(100_000)
+    body, *buffers = dumps_result({"array": array})
+    assert len(body) < 1000
+    assert [memoryview(buffer).nbytes for buffer in buffers] == [array.nbytes]
+
+
+def test_call_is_copied_when_it_is_made() -> None:
+    """What the caller changes after submit() does not reach the job."""
+    array, items = np.zeros(10_000), [1]
+    call = dumps_call(print, (array, items), {})
+    array += 1
+    items.append(2)
+    _, (array_then, items_then), _ = loads_call(call)
+    np.testing.assert_array_equal(array_then, np.zeros(10_000))
+    assert items_then == [1]
+
+
+# -- What crosses, with workers ------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shared_file(tmp_path_factory: pytest.TempPathFactory) -> Database:
+    """A SQLite file that the tests of this module share."""
+    return servers.sqlite_file(tmp_path_factory.mktemp("boundary") / "test.db")
+
+
+@pytest.fixture(scope="module")
+def executor(shared_file: Database) -> Iterator[DBPoolExecutor]:
+    """Two workers that live as long as this module's tests."""
+    with DBPoolExecutor(shared_file.make_engine, max_workers=2) as executor:
+        yield executor
+
+
+@pytest.fixture
+def file(shared_file: Database) -> Database:
+    """The same file, with empty tables."""
+    shared_file.empty_tables()
+    return shared_file
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_plain_value_survives_the_way_to_a_worker_and_back(
+    executor: DBPoolExecutor, kind: str
+) -> None:
+    """As an argument by position and by keyword, and as the result."""
+    value = PLAIN[kind]
+    args, kwargs = executor.submit(values.identity, value, key=value).result(LONGEST)
+    assert args == (value,)
+    assert kwargs == {"key": value}
+
+
+HASHABLE = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(allow_nan=False),
+    st.text(max_size=20),
+    st.binary(max_size=20),
+    st.decimals(allow_nan=False),
+    st.dates(),
+    st.datetimes(timezones=st.none() | st.just(dt.UTC)),
+    st.timedeltas(),
+    st.uuids(),
+    st.sampled_from(Colour),
+)
+VALUES = st.recursive(
+    HASHABLE | st.binary(max_size=20).map(bytearray),
+    lambda children: st.one_of(
+        st.lists(children, max_size=4),
+        st.lists(children, max_size=4).map(tuple),
+        st.dictionaries(HASHABLE, children, max_size=4),
+        st.sets(HASHABLE, max_size=4),
+        st.frozensets(HASHABLE, max_size=4),
+        st.builds(Pair, children, children),
+        st.builds(Box, children),
+        st.builds(Thing, a=children),
+        st.lists(children, max_size=3).map(deque),
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(value=VALUES)
+def test_random_plain_values_come_back_equal(
+    executor: DBPoolExecutor, value: object
+) -> None:
+    """Whatever plain value a job gets and gives back."""
+    twin = executor.submit(jobs.give, value).result(LONGEST)
+    assert type(twin) is type(value)
+    assert twin == value
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    size=st.sampled_from([0, 1, 1000, 8191, 8192, 100_000]),
+    dtype=st.sampled_from(["u1", "<f4", "<i8", "<M8[s]", "?"]),
+    order=st.sampled_from("CF"),
+)
+def test_arrays_come_back_equal_and_writable(
+    executor: DBPoolExecutor, size: int, dtype: str, order: Any
+) -> None:
+    """Of every size and kind, and as in the standard pool they can be changed."""
+    raw = np.arange(size * 8, dtype="u1")[: size * np.dtype(dtype).itemsize]
+    array = np.resize(raw, size * np.dtype(dtype).itemsize).view(dtype)
+    array = np.asarray(array.reshape(-1, 1 if size % 2 else 2), order=order)
+    twin = executor.submit(jobs.give, array).result(LONGEST)
+    np.testing.assert_array_equal(twin, array)
+    assert twin.dtype == array.dtype
+    assert twin.flags.f_contiguous == array.flags.f_contiguous
+    assert twin.flags.writeable
+
+
+@pytest.mark.parametrize("size", [3, 100_000])
+def test_job_may_change_the_array_that_it_gets(
+    executor: DBPoolExecutor, size: int
+) -> None:
+    """Small arrays and large ones, there and back."""
+    result = executor.submit(values.add_one, np.zeros(size)).result(LONGEST)
+    result += 1
+    assert result.sum() == 2 * size
+
+
+@pytest.mark.parametrize("size", [3, 100_000])
+def test_frames_come_back_equal_and_can_be_changed(
+    executor: DBPoolExecutor, size: int
+) -> None:
+    """A DataFrame of several kinds of columns, small and large."""
+    frame = pd.DataFrame(
+        {
+            "number": np.arange(size),
+            "share": np.linspace(0, 1, size),
+            "name": ["a", "b", None] * (size // 3) + ["c"] * (size % 3),
+            "day": pd.Timestamp("2024-01-01"),
+        }
+    )
+    twin = executor.submit(jobs.give, frame).result(LONGEST)
+    pd.testing.assert_frame_equal(twin, frame)
+    twin.loc[0, "number"] = -1
+    assert twin["number"].iloc[0] == -1
+
+
+def test_rows_keep_their_names(executor: DBPoolExecutor, file: Database) -> None:
+    """A row read in a job is a row in the parent."""
+    call = partial(values.insert_and_select, mappings=False)
+    (row,) = executor.submit(call, "a").result(LONGEST)
+    assert isinstance(row, sqlalchemy.Row)
+    assert (row.name, row.amount, row[0]) == ("a", 7, row.id)
+    assert row._fields == ("id", "name", "amount")
+    assert row._mapping["name"] == "a"
+    assert row == (row.id, "a", 7)
+    again = executor.submit(jobs.give, [row]).result(LONGEST)
+    assert again == [row]
+    assert again[0].name == "a"
+    assert file.names() == {"a"}
+
+
+def test_row_mappings_keep_their_keys(executor: DBPoolExecutor, file: Database) -> None:
+    """And a row mapping is a row mapping."""
+    call = partial(values.insert_and_select, mappings=True)
+    (row,) = executor.submit(call, "a").result(LONGEST)
+    assert isinstance(row, sqlalchemy.RowMapping)
+    assert (row["name"], row["amount"]) == ("a", 7)
+    assert list(row) == ["id", "name", "amount"]
+    again = executor.submit(jobs.give, {"row": row}).result(LONGEST)
+    assert dict(again["row"]) == dict(row)
+    assert file.names() == {"a"}
+
+
+def test_megabytes_go_both_ways_at_once(executor: DBPoolExecutor) -> None:
+    """Large arguments and large results do not wait for each other."""
+    blocks = [bytes([n]) * 8_000_000 for n in range(6)]
+    futures = [executor.submit(jobs.give, block) for block in blocks]
+    assert [f.result(LONGEST) for f in futures] == blocks
+
+
+def test_pipe_crosses_as_in_the_standard_pool(executor: DBPoolExecutor) -> None:
+    """A ``multiprocessing`` connection still works in the worker."""
+    reader, writer = multiprocessing.Pipe(duplex=False)
+    with reader, writer:
+        executor.submit(values.say_through, writer, "hello").result(LONGEST)
+        assert reader.poll(LONGEST)
+        assert reader.recv() == "hello"
+
+
+@pytest.mark.parametrize(
+    ("wrap", "place"),
+    [
+        (jobs.give, "result"),
+        (values.as_rows, "result['rows'][3]"),
+        (Box, "result.content"),
+        (Slotted, "result.content"),
+        (partial(Pair, 1), "result.right"),
+    ],
+)
+def test_refused_result_rolls_the_job_back(
+    executor: DBPoolExecutor, file: Database, wrap: Callable[[Any], Any], place: str
+) -> None:
+    """A job that gives its mapped instance away leaves no row behind."""
+    future = executor.submit(values.insert_and_give_itself, "a", wrap)
+    error = future.exception(LONGEST)
+    assert isinstance(error, NotPlainError)
+    assert (error.place, error.outcome) == (place, Outcome.ROLLED_BACK)
+    assert file.count() == 0
+
+
+def test_refused_argument_starts_no_job(
+    executor: DBPoolExecutor, file: Database
+) -> None:
+    """It fails its own future, not submit(), and no worker hears of it."""
+    future = executor.submit(jobs.insert_and_give, "a", [Item(id=1)])
+    error = future.exception(LONGEST)
+    assert isinstance(error, NotPlainError)
+    assert (error.place, error.outcome) == ("args[1][0]", Outcome.NEVER_STARTED)
+    executor.submit(jobs.insert_item, "b").result(LONGEST)
+    assert file.names() == {"b"}
+
+
+def test_result_that_does_not_pickle_rolls_the_job_back(
+    executor: DBPoolExecutor, file: Database
+) -> None:
+    """Its error comes as itself, with the note that names the place."""
+    job = partial(jobs.insert_and_give, "a")
+    future = executor.submit(values.insert_and_give_called, "a", values.make_lock)
+    error = future.exception(LONGEST)
+    assert isinstance(error, TypeError)
+    assert error.__notes__[0].startswith("result['locks'][0] is a _thread.lock")
+    future = executor.submit(values.insert_and_give_called, "b", values.Unpicklable)
+    assert isinstance(future.exception(LONGEST), LookupError)
+    assert file.count() == 0
+    assert executor.submit(job, 1).result(LONGEST) == 1
+
+
+def test_argument_that_does_not_pickle_fails_its_own_future(
+    executor: DBPoolExecutor, file: Database
+) -> None:
+    """And the neighbours that were submitted before and after it are untouched."""
+    before = executor.submit(jobs.insert_item, "before")
+    error = executor.submit(jobs.give, values.Unpicklable()).exception(LONGEST)
+    local = executor.submit(lambda: None).exception(LONGEST)
+    after = executor.submit(jobs.insert_item, "after")
+    assert isinstance(error, LookupError)
+    assert local is not None
+    assert local.__notes__[0].startswith("fn is a function")
+    before.result(LONGEST)
+    after.result(LONGEST)
+    assert file.names() == {"before", "after"}
+
+
+RAISERS = [values.raise_lookup_error, values.raise_system_exit]
+
+
+@pytest.mark.parametrize("raiser", RAISERS)
+def test_argument_that_does_not_unpickle_fails_its_own_job(
+    executor: DBPoolExecutor, file: Database, raiser: Callable[[], object]
+) -> None:
+    """The function was never called, and the worker goes on."""
+    workers = {executor.submit(jobs.pid).result(LONGEST) for _ in range(4)}
+    bad = values.UnpicklesWith(raiser)
+    error = executor.submit(jobs.insert_and_give, "a", bad).exception(LONGEST)
+    assert isinstance(error, ArgumentsLostError)
+    assert isinstance(error, BrokenProcessPool)
+    assert error.outcome is Outcome.NEVER_STARTED
+    assert isinstance(error.__cause__, (LookupError, SystemExit))
+    assert executor.submit(jobs.pid).result(LONGEST) in workers
+    assert file.count() == 0
+
+
+@pytest.mark.parametrize("raiser", RAISERS)
+def test_result_that_does_not_unpickle_is_lost_alone(
+    executor: DBPoolExecutor, file: Database, raiser: Callable[[], object]
+) -> None:
+    """The job was committed, the error says so, and the parent goes on."""
+    call = partial(values.UnpicklesWith, raiser)
+    error = executor.submit(values.insert_and_give_called, "a", call).exception(LONGEST)
+    assert isinstance(error, ResultLostError)
+    assert error.outcome is Outcome.COMMITTED
+    assert isinstance(error.__cause__, (LookupError, SystemExit))
+    assert file.names() == {"a"}
+    assert executor.submit(jobs.add, 1, 2).result(LONGEST) == 3

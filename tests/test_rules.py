@@ -1,0 +1,237 @@
+"""The rules: pure functions, so every case can be listed.
+
+No process, no database.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import pytest
+
+from dbpool_executor._phase import WORDS, Phase, PhaseRecord, Progress
+from dbpool_executor._rules import (
+    START_ATTEMPTS,
+    delay_after_failed_start,
+    delay_before_repeat,
+    jobs_to_send,
+    outcome_at_end,
+    updated_seconds_per_job,
+    workers_to_start,
+)
+from dbpool_executor.errors import Outcome
+
+
+@pytest.mark.parametrize(
+    ("waiting", "idle", "starting", "alive", "max_workers", "started"),
+    [
+        (0, 0, 0, 0, 4, 0),  # nothing to do
+        (1, 0, 0, 0, 4, 1),  # the first job
+        (3, 0, 0, 0, 4, 3),  # a worker for each
+        (9, 0, 0, 0, 4, 4),  # as many as there may be
+        (1, 1, 0, 1, 4, 0),  # an idle worker is used before a new one
+        (1, 0, 1, 1, 4, 0),  # and so is one that starts
+        (2, 1, 0, 1, 4, 1),
+        (3, 1, 1, 3, 4, 1),  # one of three is busy
+        (3, 0, 0, 4, 4, 0),  # full: all are busy
+        (3, 0, 0, 3, 4, 1),
+        (1, 0, 0, 5, 4, 0),  # above the bound, never below nothing
+        (0, 3, 1, 4, 4, 0),
+    ],
+)
+def test_number_of_workers_to_start(
+    waiting: int, idle: int, starting: int, alive: int, max_workers: int, started: int
+) -> None:
+    """Each row is one situation and the number of workers that it calls for."""
+    assert started == workers_to_start(
+        waiting=waiting,
+        idle=idle,
+        starting=starting,
+        alive=alive,
+        max_workers=max_workers,
+    )
+
+
+def test_no_situation_starts_too_many_workers_or_too_few() -> None:
+    """In every small situation the number is the only one that keeps the rule."""
+    for waiting, idle, starting, busy, max_workers in product(
+        range(7), range(4), range(4), range(4), range(1, 6)
+    ):
+        alive = idle + starting + busy
+        started = workers_to_start(
+            waiting=waiting,
+            idle=idle,
+            starting=starting,
+            alive=alive,
+            max_workers=max_workers,
+        )
+        free = idle + starting + started
+        assert started >= 0
+        assert not started or alive + started <= max_workers
+        assert not started or free <= waiting
+        assert free >= waiting or alive + started >= max_workers
+
+
+@pytest.mark.parametrize(
+    ("failures", "delay"),
+    [
+        (1, 0.1),
+        (2, 0.2),
+        (3, 0.4),
+        (4, 0.8),
+        (5, 1.6),
+        (6, 3.2),
+        (7, 5.0),
+        (8, 5.0),
+        (1000, 5.0),
+        (10**9, 5.0),
+    ],
+)
+def test_failed_starts_are_tried_again_ever_later_while_a_worker_is_ready(
+    failures: int, delay: float
+) -> None:
+    """The delay doubles up to five seconds, and one ready worker keeps it going."""
+    for ready in (1, 2, 50):
+        assert delay_after_failed_start(failures, ready) == pytest.approx(delay)
+
+
+@pytest.mark.parametrize("failures", range(1, 12))
+def test_no_ready_worker_and_three_failed_starts_break_the_executor(
+    failures: int,
+) -> None:
+    """None, broken, from the third failure in a row on and not before."""
+    delay = delay_after_failed_start(failures, 0)
+    assert (delay is None) == (failures >= START_ATTEMPTS)
+    if delay is not None:
+        assert delay == delay_after_failed_start(failures, 1)
+
+
+@pytest.mark.parametrize(
+    ("phase", "outcome"),
+    [
+        (Phase.RUNNING, Outcome.ROLLED_BACK),
+        (Phase.COMMITTING, Outcome.UNKNOWN),
+        (Phase.COMMITTED, Outcome.COMMITTED),
+    ],
+)
+@pytest.mark.parametrize("job_number", [1, 2, 3, 1000])
+def test_phase_of_a_begun_job_is_its_outcome(
+    job_number: int, phase: Phase, outcome: Outcome
+) -> None:
+    """The record speaks of the job whose number it bears."""
+    assert outcome_at_end(job_number, Progress(job_number, phase)) is outcome
+
+
+@pytest.mark.parametrize("phase", Phase)
+@pytest.mark.parametrize("behind", [1, 2, 3])
+def test_phase_of_an_earlier_job_says_nothing_of_a_later_one(
+    phase: Phase, behind: int
+) -> None:
+    """A job after the last that was begun has never started."""
+    assert outcome_at_end(4, Progress(4 - behind, phase)) is Outcome.NEVER_STARTED
+
+
+def test_every_phase_has_an_outcome() -> None:
+    """No phase that a worker can leave behind makes the judgement fail."""
+    for phase in Phase:
+        assert isinstance(outcome_at_end(1, Progress(1, phase)), Outcome)
+
+
+def test_record_tells_the_last_job_and_its_phase() -> None:
+    """What one side notes, the other reads, and a new job begins at RUNNING."""
+    words = [0] * WORDS
+    mine, theirs = PhaseRecord(words), PhaseRecord(words)
+    assert theirs.read() == Progress(0, Phase.RUNNING)
+    for number in (1, 2, 3, 7):
+        assert mine.begin(number)
+        assert theirs.read() == Progress(number, Phase.RUNNING)
+        for phase in (Phase.COMMITTING, Phase.COMMITTED):
+            mine.advance(phase)
+            assert theirs.read() == Progress(number, phase)
+
+
+def test_record_of_a_worker_that_never_began_gives_every_job_back() -> None:
+    """A worker that died at birth has started none of its jobs."""
+    progress = PhaseRecord([0] * WORDS).read()
+    assert outcome_at_end(1, progress) is Outcome.NEVER_STARTED
+
+
+def test_job_that_was_taken_back_does_not_begin() -> None:
+    """Those up to the number that had not begun; those sent later do."""
+    words = [0] * WORDS
+    worker, parent = PhaseRecord(words), PhaseRecord(words)
+    assert worker.begin(1)
+    parent.recall(3)
+    assert parent.read() == Progress(1, Phase.RUNNING)
+    assert [worker.begin(number) for number in (2, 3, 4)] == [False, False, True]
+
+
+# -- How many jobs are sent ahead ----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("waiting", "sent", "seconds_per_job", "workers", "count"),
+    [
+        (1, 0, math.inf, 1, 1),  # nothing is known: one
+        (50, 0, math.inf, 2, 1),
+        (50, 1, math.inf, 2, 0),  # and no other before it is answered
+        (50, 0, 1.0, 2, 1),  # long ones go alone
+        (50, 1, 1.0, 2, 0),
+        (50, 0, 0.0015, 2, 1),
+        (50, 0, 0.001, 1, 2),  # two milliseconds of work
+        (1000, 0, 20e-6, 2, 100),
+        (1000, 0, 1e-6, 2, 100),  # never more than a hundred
+        (10, 0, 20e-6, 2, 5),  # shared among the workers
+        (3, 0, 20e-6, 2, 2),
+        (1000, 50, 20e-6, 2, 50),  # filled up when half is done
+        (1000, 51, 20e-6, 2, 0),
+        (0, 0, 20e-6, 2, 0),
+    ],
+)
+def test_number_of_jobs_to_send(
+    waiting: int, sent: int, seconds_per_job: float, workers: int, count: int
+) -> None:
+    """Each row is one situation and the number of jobs that it calls for."""
+    assert count == jobs_to_send(
+        waiting=waiting,
+        sent=sent,
+        seconds_per_job=seconds_per_job,
+        workers=workers,
+    )
+
+
+def test_idle_worker_always_gets_a_job_and_none_gets_too_much() -> None:
+    """In every situation: progress, a bounded group, and no more than there are."""
+    times = (1e-6, 2e-5, 1e-4, 9e-4, 1e-3, 2e-3, 0.1, 60.0, math.inf)
+    for waiting, sent, seconds, workers in product(
+        range(0, 260, 13), range(0, 120, 7), times, range(1, 5)
+    ):
+        count = jobs_to_send(
+            waiting=waiting, sent=sent, seconds_per_job=seconds, workers=workers
+        )
+        assert 0 <= count <= waiting
+        assert sent or not waiting or count >= 1
+        assert not count or sent + count == 1 or (sent + count) * seconds <= 0.0021
+        assert not count or sent + count <= 100
+
+
+def test_estimate_goes_up_at_once_and_down_slowly() -> None:
+    """One long job stops the sending ahead; it takes many short ones to resume it."""
+    assert updated_seconds_per_job(math.inf, 0.5) == 0.5
+    assert updated_seconds_per_job(1e-5, 3.0) == 3.0
+    known, steps = 3.0, 0
+    while known > 1e-4:
+        smaller = updated_seconds_per_job(known, 1e-5)
+        assert 1e-5 < smaller < known
+        known, steps = smaller, steps + 1
+    assert 20 < steps < 200
+
+
+@pytest.mark.parametrize("attempts", [1, 2, 3, 7, 8, 50, 10**9])
+def test_repeats_wait_a_random_part_of_an_ever_longer_time(attempts: int) -> None:
+    """Doubled from 50 ms up to five seconds; at random from nothing to all of it."""
+    longest = min(0.05 * 2.0 ** min(attempts - 1, 20), 5.0)
+    assert delay_before_repeat(attempts, 0.0) == 0.0
+    assert delay_before_repeat(attempts, 0.5) == pytest.approx(longest / 2)
+    assert delay_before_repeat(attempts, 1.0) == pytest.approx(longest)
