@@ -134,7 +134,9 @@ SCENARIOS = {
     "trivial jobs, round trip": Scenario(
         _one_by_one, jobs.trivial, jobs.trivial, list(range(2_000))
     ),
-    "1 MB results, rate": Scenario(_all_at_once, jobs.data, jobs.data, [1_000_000] * 100),
+    "1 MB results, rate": Scenario(
+        _all_at_once, jobs.data, jobs.data, [1_000_000] * 100
+    ),
     "one-row read, rate": Scenario(
         _all_at_once, jobs.read_ours, jobs.read_by_hand, [*range(1, ROWS + 1)] * 3, True
     ),

@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status.
     """
     options = _parser().parse_args(arguments)
-    from ._demo import DemoError, Options, run  # noqa: PLC0415 - not in the workers
+    from ._demo import DemoError, Options, run
 
     logging.disable()  # what matters is told below, in one line
     url = None

@@ -232,9 +232,7 @@ def _not_plain(
 ) -> NotPlainError:
     remedy = remedy_for(type(culprit)) or _MAPPED
     place = place_of(culprit, roots) or f"something inside {' or '.join(roots)}"
-    text = (
-        remedy.as_result if outcome is Outcome.ROLLED_BACK else remedy.as_argument
-    )
+    text = remedy.as_result if outcome is Outcome.ROLLED_BACK else remedy.as_argument
     return NotPlainError(place, full_name(type(culprit)), text, outcome)
 
 

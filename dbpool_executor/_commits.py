@@ -22,7 +22,6 @@ from ._phase import Phase, PhaseRecord
 from .errors import TransactionAbortedError
 
 
-
 def _beginning(words: str) -> re.Pattern[str]:
     """Match a statement that begins with words, comments before them aside."""
     comments = r"(?:\s|--[^\n]*\n|#[^\n]*\n|/\*.*?\*/)*"
@@ -92,7 +91,9 @@ class CommitWatch:
         self._committing = connection.connection.dbapi_connection
         try:
             if _drivers.is_aborted(connection):
-                raise TransactionAbortedError("a database error aborted the transaction")
+                raise TransactionAbortedError(
+                    "a database error aborted the transaction"
+                )
             if connection in self._undone:
                 raise TransactionAbortedError(self._undone[connection])
             self._alarm.begin_commit()
@@ -161,10 +162,10 @@ def _commits_by_itself(connection: Connection, statement: str) -> bool:
     dialect = connection.dialect.name
     if dialect in ("mysql", "mariadb"):
         return _COMMITS_ON_MYSQL.match(statement) is not None
-    driver_connection = connection.connection.driver_connection
-    if isinstance(driver_connection, sqlite3.Connection):
-        if not driver_connection.in_transaction:
-            begins = driver_connection.isolation_level is not None
-            is_harmless = begins and _BEGINS_ON_SQLITE.match(statement)
-            return not (is_harmless or _READS_ON_SQLITE.match(statement))
+    driver_connection: Any = connection.connection.driver_connection
+    is_sqlite = isinstance(driver_connection, sqlite3.Connection)
+    if is_sqlite and not driver_connection.in_transaction:
+        begins = driver_connection.isolation_level is not None
+        is_harmless = begins and _BEGINS_ON_SQLITE.match(statement)
+        return not (is_harmless or _READS_ON_SQLITE.match(statement))
     return _COMMITS.match(statement) is not None

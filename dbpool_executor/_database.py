@@ -33,12 +33,14 @@ from .errors import (
     OutcomeUnknownError,
     OutsideJobError,
     ResolveNotSupportedError,
+    ResultLostError,
 )
 
 log = logging.getLogger("dbpool_executor")
 
 # `database` is set in a thread for as long as that thread runs a job.
 _here = threading.local()
+
 
 def _running_database(name: str) -> Database:
     database: Database | None = getattr(_here, "database", None)
@@ -165,6 +167,11 @@ class Database:
                 self._take_back(name)
             del _here.database
 
+    @property
+    def failed_outcome(self) -> Outcome:
+        """What is known of a job that has raised, by the commits of its own."""
+        return Outcome.UNKNOWN if self._commits.by_the_job else Outcome.ROLLED_BACK
+
     def may_repeat(self, error: Exception) -> bool:
         """Say whether the job that raised may succeed if it is run again.
 
@@ -247,10 +254,14 @@ class Database:
         try:
             session.commit()
         except BaseException as exc:
+            phase = self._record.read().phase
+            if phase is Phase.COMMITTED:
+                text = f"a listener to the session's commit raised {exc!r} after it"
+                raise ResultLostError(text) from exc
             self._commits.roll_back()
             if not isinstance(exc, DBAPIError):
                 raise
-            committing = self._record.read().phase is Phase.COMMITTING
+            committing = phase is Phase.COMMITTING
             if not (committing and _drivers.leaves_commit_unknown(exc)):
                 raise
             if xid is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
 import queue
 import shutil
 import signal
@@ -24,19 +25,9 @@ from typing import Any, NamedTuple
 from sqlalchemy import URL, Engine, func, select
 
 from . import DBPoolExecutor
-from ._demo_jobs import (
-    Base,
-    Definition,
-    Import,
-    Indexed,
-    Module,
-    index_file,
-    make_engine,
-    place_of,
-    python_files,
-)
+from . import _demo_jobs as jobs
 
-_TABLES = (Module, Definition, Import)
+_TABLES = (jobs.Module, jobs.Definition, jobs.Import)
 
 
 class DemoError(Exception):
@@ -62,7 +53,7 @@ class Pass(NamedTuple):
     seconds: float
 
 
-_Ended = queue.SimpleQueue[Future[Indexed] | None]  # None is a Ctrl-C
+_Ended = queue.SimpleQueue[Future[jobs.Indexed] | None]  # None is a Ctrl-C
 
 
 def run(options: Options) -> None:
@@ -73,51 +64,53 @@ def run(options: Options) -> None:
         SQLAlchemyError, DBPoolError, ModuleNotFoundError: The database cannot be used.
         KeyboardInterrupt: Ctrl-C. As in the other cases, no table is left.
     """
-    files = python_files(options.root)
+    files = jobs.python_files(options.root)
     if not files:
         raise DemoError(f"there is no Python file in {options.root}")
-    with _database(options) as engine:
-        place = place_of(engine.url)
+    ended: _Ended = queue.SimpleQueue()
+    with _database(options) as engine, _interrupt_is_entry_of(ended):
+        place = jobs.place_of(engine.url)
         print(f"indexing {len(files):,} files of {options.root}\ninto the {place}")
         sys.stdout.flush()
-        passes = [_index(engine, options, files, options.workers)]
+        passes = [_index(engine, options, files, options.workers, ended)]
         if options.workers > 1:
-            passes.append(_index(engine, options, files, 1))
+            passes.append(_index(engine, options, files, 1, ended))
         print("\n".join([*_table(passes), *_imported_most(engine), ""]))
         if skipped := passes[0].skipped:
             names = ", ".join(skipped[:3]) + (", …" if len(skipped) > 3 else "")
-            print(f"jobs rolled back, {len(skipped)} files are not Python: {names}")
+            print("files that are not Python, their jobs rolled back:", end=" ")
+            print(f"{len(skipped)} ({names})")
         if options.keep:
             print(f"kept the tables dbpool_demo_* in the {place}")
 
 
-def _index(engine: Engine, options: Options, files: list[str], workers: int) -> Pass:
-    Base.metadata.drop_all(engine)
-    Base.metadata.create_all(engine)
+def _index(
+    engine: Engine, options: Options, files: list[str], workers: int, ended: _Ended
+) -> Pass:
+    jobs.Base.metadata.drop_all(engine)
+    jobs.Base.metadata.create_all(engine)
     method = options.start_method
     stored, skipped = [], []
-    ended: _Ended = queue.SimpleQueue()
-    file_of: dict[Future[Indexed], str] = {}
+    file_of: dict[Future[jobs.Indexed], str] = {}
     started = time.monotonic()
     with DBPoolExecutor(
-        partial(make_engine, engine.url),
+        partial(jobs.make_engine, engine.url),
         max_workers=workers,
         mp_context=None if method is None else multiprocessing.get_context(method),
         parent_engine=engine,
     ) as executor:
         try:
-            with _interrupt_is_entry_of(ended):
-                for file in files:
-                    job = executor.submit(index_file, str(options.root), file)
-                    job.add_done_callback(ended.put)
-                    file_of[job] = file
-                with _progress(len(files), _count_of(workers)) as advance:
-                    for job in _taken_from(ended, len(files)):
-                        try:
-                            stored.append(job.result())
-                        except (SyntaxError, OSError):
-                            skipped.append(file_of[job])
-                        advance()
+            for file in files:
+                job = executor.submit(jobs.index_file, str(options.root), file)
+                job.add_done_callback(ended.put)
+                file_of[job] = file
+            with _progress(len(files), _count_of(workers)) as advance:
+                for job in _taken_from(ended, len(files)):
+                    try:
+                        stored.append(job.result())
+                    except (SyntaxError, OSError):
+                        skipped.append(file_of[job])
+                    advance()
         except BaseException:
             _leave_soon(executor)
             raise
@@ -133,20 +126,28 @@ def _index(engine: Engine, options: Options, files: list[str], workers: int) -> 
 
 @contextmanager
 def _interrupt_is_entry_of(ended: _Ended) -> Iterator[None]:
-    """Have Ctrl-C put an entry into a queue, instead of raising just anywhere.
+    """Have the first Ctrl-C put an entry into a queue, instead of raising just anywhere.
 
-    Raised inside a lock's own code, it would leave the lock of a future taken for ever.
+    Raised inside a lock's own code, it would leave the lock of a future taken for ever;
+    inside SQLAlchemy's, a connection in a transaction that keeps tables from removal.
     """
-    previous = signal.signal(signal.SIGINT, lambda *_: ended.put(None))
-    if previous is not signal.default_int_handler:  # ignored, as under nohup
-        signal.signal(signal.SIGINT, previous)
+
+    def handle(*_: object) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        ended.put(None)
+
+    previous = signal.getsignal(signal.SIGINT)
+    if previous is signal.default_int_handler:  # else it is ignored, as under nohup
+        signal.signal(signal.SIGINT, handle)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
+    if not ended.empty():
+        raise KeyboardInterrupt
 
 
-def _taken_from(ended: _Ended, count: int) -> Iterator[Future[Indexed]]:
+def _taken_from(ended: _Ended, count: int) -> Iterator[Future[jobs.Indexed]]:
     while count:
         # A Ctrl-C in the instant before a thread falls asleep does not wake it.
         with suppress(queue.Empty):
@@ -175,14 +176,14 @@ def _database(options: Options) -> Iterator[Engine]:
         url = URL.create("sqlite", database=str(Path(folder, "demo.db")))
     is_kept = False
     try:
-        engine = make_engine(url)
+        engine = jobs.make_engine(url)
         engine.connect().close()  # before anything else can fail for want of it
         try:
             yield engine
             is_kept = options.keep
         finally:
             if not is_kept:
-                Base.metadata.drop_all(engine)
+                jobs.Base.metadata.drop_all(engine)
             engine.dispose()
     finally:
         if folder is not None and not is_kept:
@@ -192,7 +193,8 @@ def _database(options: Options) -> Iterator[Engine]:
 @contextmanager
 def _progress(total: int, title: str) -> Iterator[Callable[[], object]]:
     """Show a bar, or four plain lines; give what to call after each file."""
-    if sys.stderr.isatty() and (tqdm := _tqdm()):
+    columns = sys.stderr.isatty() and os.get_terminal_size(2).columns  # 0: not told
+    if columns and (tqdm := _tqdm()):
         with tqdm(total=total, desc=title, unit=" files", dynamic_ncols=True) as bar:
             yield bar.update
         return
@@ -207,9 +209,9 @@ def _progress(total: int, title: str) -> Iterator[Callable[[], object]]:
     yield tell
 
 
-def _tqdm() -> Any:  # noqa: ANN401 - its stubs may be missing too
+def _tqdm() -> Any:
     try:
-        from tqdm import tqdm  # noqa: PLC0415 - the extra may be missing
+        from tqdm import tqdm
     except ImportError:
         return None
     # Neither a thread nor a lock that processes share: workers may be forked.
@@ -235,9 +237,9 @@ def _table(passes: Sequence[Pass]) -> Iterator[str]:
 
 def _imported_most(engine: Engine) -> Iterator[str]:
     yield "\nimported by most files"
-    query = select(Import.name, func.count()).group_by(Import.name)
+    query = select(jobs.Import.name, func.count()).group_by(jobs.Import.name)
     with engine.connect() as connection:
-        most = query.order_by(func.count().desc(), Import.name).limit(10)
+        most = query.order_by(func.count().desc(), jobs.Import.name).limit(10)
         for name, count in connection.execute(most):
             yield f"  {name:<21} {count:>6,}"
 

@@ -82,7 +82,7 @@ def make_engine(url: URL) -> Engine:
         url: The database. A SQLite file is made fit for many writers at once.
     """
     if url.get_backend_name() != "sqlite":
-        return create_engine(url, pool_size=1)
+        return create_engine(url, pool_size=1, max_overflow=0)
     engine = create_engine(url, connect_args={"timeout": BUSY_TIMEOUT})
     event.listen(engine, "connect", _prepare_connection)
     event.listen(engine, "begin", _begin_as_writer)
@@ -137,9 +137,8 @@ def index_file(root: str, path: str) -> Indexed:
     Raises:
         SyntaxError: It is not Python of this version.
     """
-    source = PurePath(root, path)
-    with open(source, "rb") as file:
-        text = file.read()
+    source = Path(root, path)
+    text = source.read_bytes()
     module = Module(name=_module_name(path), lines=text.count(b"\n"))
     is_package = source.name == "__init__.py"
     package = module.name if is_package else module.name.rpartition(".")[0]

@@ -321,7 +321,8 @@ class Dispatcher:
 
     def _end(self, job: Job, told: Message | DBPoolError) -> None:
         attempts = job.attempts + 1 if job.options.retries else 0
-        self._answers.append(Answer(job.future, told, attempts))
+        answer = Answer(job.future, told, attempts, job.options.commit)
+        self._answers.append(answer)
 
     def _repeat_or_settle(self, job: Job, told: Message | DBPoolError) -> None:
         if job.attempts >= job.options.retries or self._killed:

@@ -17,7 +17,9 @@ from ._places import full_name
 from .errors import DBPoolError, JobFailedError, Outcome, WorkerTraceback
 
 
-def dumps_exception(exc: BaseException) -> list[Buffer]:
+def dumps_exception(
+    exc: BaseException, outcome: Outcome = Outcome.ROLLED_BACK
+) -> list[Buffer]:
     """Pickle an exception so that the other process can always tell what it was.
 
     The exception travels as itself where its pickle gives it back; else rebuilt
@@ -26,12 +28,13 @@ def dumps_exception(exc: BaseException) -> list[Buffer]:
 
     Args:
         exc: What the job raised.
+        outcome: What happened to its transaction, if the exception does not say.
 
     Returns:
         An account that is always readable, then the exception itself and its cause,
         each empty where it cannot be rebuilt.
     """
-    outcome, cause = Outcome.ROLLED_BACK, None
+    cause = None
     if isinstance(exc, DBPoolError):
         # In the other process __cause__ holds the worker's traceback, which tells of
         # the whole chain; only for our own errors is the cause a part of what is said.
@@ -95,9 +98,7 @@ class _ExceptionPickler(BoundaryPickler):
         *args: As for ``pickle.Pickler``.
     """
 
-    def __init__(
-        self, known: dict[int, tuple[BaseException, Any]], *args: Any
-    ) -> None:
+    def __init__(self, known: dict[int, tuple[BaseException, Any]], *args: Any) -> None:
         super().__init__(*args)
         self._known = known
 

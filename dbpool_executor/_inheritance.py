@@ -25,7 +25,7 @@ from contextlib import contextmanager, suppress
 from itertools import chain, compress, tee
 from typing import Any
 
-from sqlalchemy import Engine, event
+from sqlalchemy import URL, Engine, event
 from sqlalchemy.pool import ConnectionPoolEntry, Pool, PoolProxiedConnection
 
 # By which a driver's connection is known, PEP 249.
@@ -62,32 +62,32 @@ class _Fork(threading.local):
 
 
 class _CollectionPause:
-    """Stops automatic garbage collection for as long as any thread forks."""
+    """Stops automatic garbage collection for as long as any thread needs it."""
 
     def __init__(self) -> None:
         # Guards the other two. Never held across a fork: a thread that waits for it
         # in the copy would wait for ever.
         self._lock = threading.Lock()
-        self._forking: set[int] = set()  # threads, by get_ident()
+        self._count = 0  # begun and not yet ended
         self._was_on = False  # before the first of them
 
     def begin(self) -> None:
         with self._lock:
-            if not self._forking:
+            if not self._count:
                 self._was_on = gc.isenabled()
-            self._forking.add(threading.get_ident())
+            self._count += 1
             gc.disable()
 
     def end(self) -> None:
         with self._lock:
-            self._forking.discard(threading.get_ident())
-            if self._was_on and not self._forking:
+            self._count -= 1
+            if self._was_on and not self._count:
                 gc.enable()
 
     def end_in_child(self) -> None:
-        # Another thread may have held the lock, or been about to fork too.
+        # Another thread may have held the lock, or have had need of the pause as well.
         self._lock = threading.Lock()
-        self._forking.clear()
+        self._count = 1
         self.end()
 
 
@@ -102,15 +102,20 @@ def living(*classes: type) -> list[Any]:
 def _living(is_wanted: Callable[[type], bool]) -> list[Any]:
     # Through C alone, so that no other thread runs while there are references to all
     # objects: it might let one go, and leave its end to this thread. mysqlclient fails
-    # if the end of a result meets the next query of its connection.
+    # if the end of a result meets the next query of its connection. Collection, which
+    # runs finalizers, is the one thing that could come between.
     # Each by its type() and not by isinstance(): a proxy's __class__ may be a property
     # that runs anybody's code.
-    types = set(map(type, _all_objects()))
-    wanted = {cls for cls in types if is_wanted(cls)}
-    objects, again = tee(_all_objects())
-    found = [compress(objects, map(wanted.__contains__, map(type, again)))]
-    del objects, again  # or they would keep the last of them
-    return list(found.pop())
+    _watch.pause.begin()
+    try:
+        types = set(map(type, _all_objects()))
+        wanted = {cls for cls in types if is_wanted(cls)}
+        objects, again = tee(_all_objects())
+        found = [compress(objects, map(wanted.__contains__, map(type, again)))]
+        del objects, again  # or they would keep the last of them
+        return list(found.pop())
+    finally:
+        _watch.pause.end()
 
 
 def _all_objects() -> Iterator[object]:
@@ -121,6 +126,14 @@ def _all_objects() -> Iterator[object]:
 def pool_of(entry: ConnectionPoolEntry) -> Pool | None:
     """Give the pool of an entry, which has no public name for it."""
     return getattr(entry, "_ConnectionRecord__pool", None)
+
+
+def is_in_memory(url: URL) -> bool:
+    """Say whether a database is nowhere but in the connections to it."""
+    # sqlite.org/inmemorydb.html
+    if url.get_backend_name() != "sqlite":
+        return False
+    return not url.database or ":memory:" in url.database or "mode=memory" in str(url)
 
 
 def live_entries() -> list[ConnectionPoolEntry]:
@@ -185,11 +198,12 @@ def bury_inherited() -> list[str]:
     pools = _inherited_pools()
     if not pools:
         return []
-    names = [repr(engine) for engine in living(Engine) if engine.pool in pools]
+    names = {engine.pool: repr(engine) for engine in living(Engine)}
     return [
-        f"workers inherit open connections of {name} from the process that forks them; "
-        "they are kept out of use, but a module that is preloaded should not connect"
-        for name in names
+        f"workers inherit open connections of {names.get(pool, 'an engine that is gone')} "
+        "from the process that forks them; they are kept out of use, but a module that "
+        "is preloaded should not connect"
+        for pool in pools
     ]
 
 

@@ -16,7 +16,7 @@ from ._boundary import Buffer, loads_result
 from ._channel import Kind, Message
 from ._exceptions import loads_exception, set_cause
 from ._options import DEFAULTS, JobOptions
-from .errors import JobTimeoutError, OutcomeUnknownError, ResultLostError
+from .errors import JobTimeoutError, Outcome, OutcomeUnknownError, ResultLostError
 
 log = logging.getLogger("dbpool_executor")
 
@@ -91,6 +91,7 @@ class Answer(NamedTuple):
     future: Future[Any]
     told: Message | BaseException
     attempts: int = 0  # for the error, where the job was to be repeated
+    commit: bool = True  # whether the job did not commit for itself
 
     def settle(self) -> bool:
         """Give the future its result or exception, and run its callbacks.
@@ -108,7 +109,8 @@ class Answer(NamedTuple):
             try:
                 result = loads_result(self.told.parts)
             except BaseException as exc:  # also a SystemExit must not end the thread
-                error = ResultLostError(f"unpickling it raised {exc!r}")
+                outcome = Outcome.COMMITTED if self.commit else Outcome.UNKNOWN
+                error = ResultLostError(f"unpickling it raised {exc!r}", outcome)
                 set_cause(error, exc)
         if isinstance(error, (JobTimeoutError, OutcomeUnknownError)):
             log.warning("%s", error)

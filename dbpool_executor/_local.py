@@ -6,15 +6,16 @@ Runs in the parent. The only module that knows that a worker is a child process.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
 
+from ._channel import Channel, kept_by_child, make_ends
 from ._inheritance import thorough
 from ._parent import prepare_fork
-from ._channel import Channel, kept_by_child, make_ends
 from ._phase import WORDS, PhaseRecord, Progress
-from ._worker import WorkerSetup, main
+from ._worker import WorkerSetup, ignoring_sigint, main
 
 _END_GRACE = 1.0  # seconds for a process to end after its channel has
 
@@ -33,15 +34,22 @@ class LocalWorker:
     """
 
     def __init__(self, context: BaseContext, setup: WorkerSetup) -> None:
-        if context.get_start_method() == "fork":
+        start_method = context.get_start_method()
+        if start_method == "fork":
             prepare_fork()
+        else:
+            # Its start would unblock SIGINT in this thread, which is blocked below.
+            resource_tracker.ensure_running()
+        if start_method == "forkserver":
+            # What the program itself starts through it must not inherit that.
+            forkserver.ensure_running()
         words = context.RawArray("Q", WORDS)
         self._record = PhaseRecord(words)
         mine, theirs = make_ends()
         mine.setblocking(False)
         self.channel = Channel(mine)
         self._process = context.Process(  # type: ignore[attr-defined]
-            target=main, args=(theirs, words, setup), name="DBPoolWorker"
+            target=main, args=(theirs, words, setup), name=_QuietName("DBPoolWorker")
         )
         try:
             with theirs, kept_by_child(theirs), thorough(), _sigint_blocked():
@@ -86,6 +94,19 @@ class LocalWorker:
         exitcode: int | None = self._process.exitcode
         self._process.close()
         return exitcode
+
+
+class _QuietName(str):
+    """A process name that has the child ignore Ctrl-C when it is unpickled there.
+
+    That is the first thing of ours that happens under forkserver, where the child does
+    not inherit this thread's signal mask: before it imports the main module.
+    """
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[Callable[[str], str], tuple[str]]:
+        return ignoring_sigint, (str(self),)
 
 
 @contextmanager

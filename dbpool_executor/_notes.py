@@ -9,10 +9,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from sqlalchemy import URL, Engine, event
+from sqlalchemy import Engine, event
 from sqlalchemy.pool import QueuePool, StaticPool
 
-from ._inheritance import module_level_name
+from ._inheritance import is_in_memory, module_level_name
 
 _ASK_FOR_LIMIT = {
     "postgresql": "SHOW max_connections",
@@ -28,7 +28,7 @@ def notes_on(engine: Engine) -> list[str]:
         engine: What the engine factory returned.
     """
     notes = []
-    if _is_in_memory(engine.url):
+    if is_in_memory(engine.url):
         notes.append(
             f"the engine factory returns {engine!r}, a database in memory: each worker "
             "has one of its own, empty at first, that no other process sees"
@@ -78,10 +78,3 @@ def watch_limit(engine: Engine, workers: int, tell: Callable[[str], None]) -> No
                 )
 
     event.listen(engine, "first_connect", compare)
-
-
-def _is_in_memory(url: URL) -> bool:
-    # sqlite.org/inmemorydb.html
-    if url.get_backend_name() != "sqlite":
-        return False
-    return not url.database or ":memory:" in url.database or "mode=memory" in str(url)

@@ -23,7 +23,7 @@ from sqlalchemy.pool import (
     StaticPool,
 )
 
-from ._inheritance import live_entries, living, pool_of
+from ._inheritance import is_in_memory, live_entries, living, pool_of
 from ._places import full_name
 from .errors import OpenConnectionsError
 
@@ -100,14 +100,23 @@ def prepare_fork() -> None:
 
 
 def _close_idle() -> None:
-    entries = [entry for entry in live_entries() if not entry.in_use]
-    pools = {pool_of(entry) for entry in entries} - {None}
+    pools = {pool_of(entry) for entry in live_entries() if not entry.in_use} - {None}
     if not pools:
         return
     for engine in living(Engine):
-        # An engine whose pool is the database itself is left alone.
-        if engine.pool in pools and not isinstance(engine.pool, _POOLS_OF_ONE):
-            _dispose(engine)
+        if engine.pool in pools:
+            pools.discard(engine.pool)
+            if not _is_its_pool(engine):
+                _dispose(engine)
+    # Their engine was garbage sooner than they, or is hidden by gc.freeze().
+    for pool in pools:
+        if not isinstance(pool, _POOLS_OF_ONE):
+            _cut_idle(pool)
+
+
+def _is_its_pool(engine: Engine) -> bool:
+    """Say whether to close an engine's idle connections is to lose something."""
+    return isinstance(engine.pool, _POOLS_OF_ONE) or is_in_memory(engine.url)
 
 
 def _dispose(engine: AnyEngine) -> None:
@@ -115,12 +124,22 @@ def _dispose(engine: AnyEngine) -> None:
     if not engine.dialect.is_async:
         engine.dispose()
         return
-    # Here may be no event loop, or one that runs, so nothing can be awaited: each
-    # idle connection is cut, which asynchronous drivers allow outside a greenlet.
-    for entry in live_entries():
-        if pool_of(entry) is engine.pool and not entry.in_use:
-            entry.invalidate()
+    # Here may be no event loop, or one that runs, so nothing can be awaited; to cut a
+    # connection is what asynchronous drivers allow outside a greenlet.
+    _cut_idle(engine.pool)
     engine.dispose(close=False)
+
+
+def _cut_idle(pool: Pool | None) -> None:
+    for entry in live_entries():
+        if pool_of(entry) is not pool or entry.in_use:
+            continue
+        # psycopg cannot be cut without an event loop, but for its libpq part.
+        libpq = getattr(entry.driver_connection, "pgconn", None)
+        if libpq is None:
+            entry.invalidate()
+        else:
+            libpq.finish()
 
 
 def _checked_out() -> list[str]:
@@ -142,7 +161,7 @@ def _checked_out() -> list[str]:
 def _describe(
     engine: Engine | None, count: int, sessions: Counter[Engine | None]
 ) -> str:
-    name = "an engine disposed since" if engine is None else repr(engine)
+    name = "an engine disposed or frozen since" if engine is None else repr(engine)
     text = f"{name} has {count} connection{'s' * (count > 1)} checked out"
     if engine is not None and (held := sessions[engine]):
         text += f", {held} session{'s' * (held > 1)} in a transaction"
@@ -170,7 +189,7 @@ def _open_sqlite_files() -> list[str]:
         found |= {
             f"{engine!r} has the SQLite file {engine.url.database} open"
             for engine in living(Engine)
-            if engine.pool in pools and not isinstance(engine.pool, _POOLS_OF_ONE)
+            if engine.pool in pools and not _is_its_pool(engine)
         }
     return sorted(found)
 
@@ -189,5 +208,3 @@ def _sqlite_files() -> set[str]:
                     if header == _SQLITE_HEADER:
                         found.add(os.readlink(f"/proc/self/fd/{number}"))
     return found
-
-

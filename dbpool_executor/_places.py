@@ -94,7 +94,9 @@ def _children(place: str, value: object) -> Iterator[tuple[str, object]]:
     if isinstance(value, (RowMapping, Mapping)):
         yield from _items(place, value)
     elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        yield from ((f"{place}.{k}", v) for k, v in zip(value._fields, value, strict=True))
+        yield from (
+            (f"{place}.{k}", v) for k, v in zip(value._fields, value, strict=True)
+        )
     elif isinstance(value, (list, tuple, deque, Row)):
         yield from ((f"{place}[{i}]", v) for i, v in enumerate(value))
     elif isinstance(value, AbstractSet):

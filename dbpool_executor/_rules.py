@@ -93,7 +93,9 @@ def updated_seconds_per_job(known: float, sample: float) -> float:
     Returns:
         Up at once, since to send jobs behind a long one is a mistake; down slowly.
     """
-    return sample if sample > known or math.isinf(known) else known + (sample - known) / 8
+    return (
+        sample if sample > known or math.isinf(known) else known + (sample - known) / 8
+    )
 
 
 def delay_after_failed_start(failures: int, ready: int) -> float | None:

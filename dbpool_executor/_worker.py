@@ -5,6 +5,7 @@ Runs in a worker. :func:`main` is named by the parent and imported by the child.
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -21,17 +22,16 @@ from typing import Any, NamedTuple, TypeVar
 from sqlalchemy import Engine
 
 from ._boundary import loads_call
-from ._exceptions import dumps_exception, set_cause
-from ._inheritance import bury_inherited
-from ._places import full_name
 from ._channel import Channel, Kind, Message, own_end
 from ._database import Database, current_engine
+from ._exceptions import dumps_exception, set_cause
+from ._inheritance import bury_inherited
 from ._notes import notes_on, watch_limit
 from ._options import loads_options
 from ._phase import PhaseRecord
+from ._places import full_name
 from ._resolution import outcome_of
 from .errors import ArgumentsLostError, Outcome
-
 
 T = TypeVar("T")
 
@@ -87,9 +87,13 @@ def main(end: socket.socket, words: MutableSequence[int], setup: WorkerSetup) ->
                 database.dispose()
 
 
-def run_chunk(
-    fn: Callable[..., T], chunk: tuple[tuple[Any, ...], ...]
-) -> list[T]:
+def ignoring_sigint(name: str) -> str:
+    """Ignore Ctrl-C from here on, and give the name of the process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return name
+
+
+def run_chunk(fn: Callable[..., T], chunk: tuple[tuple[Any, ...], ...]) -> list[T]:
     """Run the calls of one chunk of ``map()``: one job, so one transaction."""
     return [fn(*args) for args in chunk]
 
@@ -141,7 +145,8 @@ def _run(database: Database, job: Message) -> Message:
             __package__
         ):
             trace = trace.tb_next
-        parts = dumps_exception(exc.with_traceback(trace))
+        exc = exc.with_traceback(trace)
+        parts = dumps_exception(exc, database.failed_outcome)
         repeats = options.retries > 0 and database.may_repeat(exc)
         return Message(Kind.FAILURE, [*parts, b"1"] if repeats else parts)
     return Message(Kind.RESULT, parts)
@@ -159,10 +164,12 @@ def _follow_parent(database: Database) -> None:
         if parent is not None:
             parent.join()
             # The server would go on with the statement of a client that is gone. It may
-            # be gone as well, so that is not waited for long.
-            cancel = threading.Thread(target=database.cancel_statements, daemon=True)
-            cancel.start()
-            cancel.join(_CANCEL_GRACE)
+            # be gone as well, and a driver that waits for it may hold the interpreter's
+            # lock: this timer needs none.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            faulthandler.dump_traceback_later(_CANCEL_GRACE, exit=True, file=nowhere)
+            with suppress(Exception):
+                database.cancel_statements()
             os._exit(1)
 
     threading.Thread(target=follow, name="DBPoolFollower", daemon=True).start()

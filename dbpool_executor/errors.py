@@ -280,22 +280,26 @@ class ArgumentsLostError(DBPoolError, BrokenProcessPool):
 
 
 class ResultLostError(DBPoolError, BrokenProcessPool):
-    """The job was committed, and its result did not arrive.
+    """The job has ended well, and its result did not arrive.
 
     Args:
         text: What happened to the result.
+        outcome: COMMITTED as a rule; UNKNOWN for a job that was to commit for itself,
+            of which only the job knows whether it did.
     """
 
-    outcome = Outcome.COMMITTED
+    outcome: Outcome
 
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
+    def __init__(self, text: str, outcome: Outcome = Outcome.COMMITTED) -> None:
+        super().__init__(text, outcome)
         self.text = text
+        self.outcome = outcome
 
     def __str__(self) -> str:
         return (
-            f"the job was committed, but its result is lost: {self.text}; do not run "
-            "it again, read what it wrote from the database"
+            f"the job has ended, but its result is lost: {self.text} (the job's "
+            f"outcome: {self.outcome.value}); do not run it again, read what it wrote "
+            "from the database"
         )
 
 

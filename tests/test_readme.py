@@ -9,10 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from dbpool_executor import errors
+
 README = Path(__file__).parent.parent / "README.md"
 TEXT = README.read_text(encoding="utf-8")
 PROGRAM = re.compile(r"```python\n(.*?)```\n\n```text\n(.*?)```", re.DOTALL)
 PROGRAMS = PROGRAM.findall(TEXT)
+QUICKSTART = re.compile(
+    r"python3 -m venv (?P<venv>\S+)\n"
+    r"(?P=venv)/bin/python -m pip install -q (?P<what>.+)\n"
+    r"(?P=venv)/bin/python -m (?P<module>.+)\n"
+)
 
 
 def quickstart() -> str:
@@ -43,17 +50,19 @@ def test_a_program_prints_what_the_readme_says(code, output, tmp_path):
 
 
 def test_the_quickstart_has_two_commands():
-    """The first runs the demo, the second the tests."""
+    """The first runs the demo, the second the tests; CI runs both, line by line."""
     blocks = re.findall(r"```sh\n(.*?)```", quickstart(), re.DOTALL)
-    assert len(blocks) == 2
-    assert "-m dbpool_executor demo" in blocks[0]
-    assert "-m pytest" in blocks[1]
+    assert len(blocks) == TEXT.count("```sh") == 2
+    demo, tests = (QUICKSTART.fullmatch(block.replace('"', "")) for block in blocks)
+    assert demo, blocks[0]
+    assert (demo["what"], demo["module"]) == (".[progress]", "dbpool_executor demo")
+    assert tests, blocks[1]
+    assert (tests["what"], tests["module"]) == ("-e .[tests]", "pytest -q")
+    assert demo["venv"] != tests["venv"]  # neither needs the other
 
 
 def test_every_error_is_explained():
     """The list of errors has each class of the tree."""
-    from dbpool_executor import errors
-
     section = TEXT.split("## Errors", 1)[1].split("\n## ", 1)[0]
     kinds = [
         name
