@@ -5,6 +5,7 @@ Runs in a worker.
 
 from __future__ import annotations
 
+import functools
 import re
 import sqlite3
 from contextlib import suppress
@@ -20,6 +21,11 @@ from . import _drivers
 from ._alarm import Alarm
 from ._phase import Phase, PhaseRecord
 from .errors import TransactionAbortedError
+
+
+@functools.lru_cache(maxsize=512)
+def _begins(pattern: re.Pattern[str], statement: str) -> bool:
+    return pattern.match(statement) is not None
 
 
 def _beginning(words: str) -> re.Pattern[str]:
@@ -159,13 +165,21 @@ class CommitWatch:
 
 
 def _commits_by_itself(connection: Connection, statement: str) -> bool:
-    dialect = connection.dialect.name
-    if dialect in ("mysql", "mariadb"):
-        return _COMMITS_ON_MYSQL.match(statement) is not None
+    match connection.dialect.name:
+        case "sqlite":
+            return _commits_on_sqlite(connection, statement)
+        case "mysql" | "mariadb":
+            return _begins(_COMMITS_ON_MYSQL, statement)
+    return _begins(_COMMITS, statement)
+
+
+def _commits_on_sqlite(connection: Connection, statement: str) -> bool:
     driver_connection: Any = connection.connection.driver_connection
-    is_sqlite = isinstance(driver_connection, sqlite3.Connection)
-    if is_sqlite and not driver_connection.in_transaction:
-        begins = driver_connection.isolation_level is not None
-        is_harmless = begins and _BEGINS_ON_SQLITE.match(statement)
-        return not (is_harmless or _READS_ON_SQLITE.match(statement))
-    return _COMMITS.match(statement) is not None
+    is_known = isinstance(driver_connection, sqlite3.Connection)
+    if not is_known or driver_connection.in_transaction:
+        return _begins(_COMMITS, statement)
+    if driver_connection.isolation_level is not None and _begins(
+        _BEGINS_ON_SQLITE, statement
+    ):
+        return False
+    return not _begins(_READS_ON_SQLITE, statement)

@@ -15,7 +15,7 @@ from ._channel import Channel, kept_by_child, make_ends
 from ._inheritance import thorough
 from ._parent import prepare_fork
 from ._phase import WORDS, PhaseRecord, Progress
-from ._worker import WorkerSetup, ignoring_sigint, main
+from ._worker import SentSetup, WorkerSetup, ignoring_sigint, main
 
 _END_GRACE = 1.0  # seconds for a process to end after its channel has
 
@@ -49,7 +49,9 @@ class LocalWorker:
         mine.setblocking(False)
         self.channel = Channel(mine)
         self._process = context.Process(  # type: ignore[attr-defined]
-            target=main, args=(theirs, words, setup), name=_QuietName("DBPoolWorker")
+            target=main,
+            args=(theirs, words, SentSetup(setup)),
+            name=_QuietName("DBPoolWorker"),
         )
         try:
             with theirs, kept_by_child(theirs), thorough(), _sigint_blocked():

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, MutableSequence
 from contextlib import suppress
 from functools import partial
+from multiprocessing.reduction import ForkingPickler
 from multiprocessing.util import Finalize
 from typing import Any, NamedTuple, TypeVar
 
@@ -48,13 +49,40 @@ class WorkerSetup(NamedTuple):
     max_workers: int
 
 
-def main(end: socket.socket, words: MutableSequence[int], setup: WorkerSetup) -> None:
+class SentSetup:
+    """A setup on its way: unpickled by :func:`main`, where what that raises is told.
+
+    Unpickled with the process, an import that fails would end it without a word.
+
+    Args:
+        setup: The setup, or its pickle.
+    """
+
+    def __init__(self, setup: WorkerSetup | bytes) -> None:
+        self._setup = setup
+
+    def __reduce__(self) -> tuple[type[SentSetup], tuple[bytes]]:
+        return SentSetup, (bytes(ForkingPickler.dumps(self._setup)),)
+
+    def load(self) -> WorkerSetup:
+        """Give the setup.
+
+        Raises:
+            Exception: Whatever the unpickling raises.
+        """
+        if isinstance(self._setup, WorkerSetup):
+            return self._setup
+        setup: WorkerSetup = ForkingPickler.loads(self._setup)
+        return setup
+
+
+def main(end: socket.socket, words: MutableSequence[int], sent: SentSetup) -> None:
     """Run jobs until the parent has no more of them.
 
     Args:
         end: The worker's end of its channel.
         words: Memory for the phase record.
-        setup: What to make before the first job.
+        sent: What to make before the first job.
     """
     _take_over_signals()
     # Nothing of the interpreter's own end may run here: under fork and forkserver it
@@ -69,6 +97,7 @@ def main(end: socket.socket, words: MutableSequence[int], setup: WorkerSetup) ->
     database: Database | None = None
     try:
         try:
+            setup = sent.load()
             database = Database(setup.engine_factory, setup.session_options, record)
             watch_limit(database.engine, setup.max_workers, tell)
             if setup.initializer is not None:
