@@ -14,10 +14,9 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 from sqlalchemy import URL, Engine, create_engine, make_url
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from ._boundary import dumps_call
-from ._places import full_name
+from ._places import asyncio_classes, full_name
 from .errors import NotPlainError
 
 _FORMS = (
@@ -41,7 +40,7 @@ def factory_of(
         ValueError: The URL names an asynchronous driver.
         sqlalchemy.exc.ArgumentError: The URL cannot be parsed.
     """
-    if isinstance(engine_factory, (Engine, AsyncEngine)):
+    if isinstance(engine_factory, (Engine, *asyncio_classes("AsyncEngine"))):
         raise TypeError(
             f"engine_factory is {engine_factory!r}, whose connections cannot cross "
             f"into a worker; {_FORMS}"
@@ -148,12 +147,3 @@ def default_context() -> BaseContext:
     chosen = multiprocessing.get_start_method(allow_none=True)
     spawns = chosen == "spawn" or "forkserver" not in methods
     return multiprocessing.get_context("spawn" if spawns else "forkserver")
-
-
-def preload_worker() -> None:
-    """Have the forkserver import once what each worker would import for itself."""
-    from multiprocessing.forkserver import _forkserver
-
-    # Only what the program has not chosen for itself; there is no public way to ask.
-    if getattr(_forkserver, "_preload_modules", None) == ["__main__"]:
-        _forkserver.set_forkserver_preload(["__main__", "dbpool_executor._worker"])

@@ -17,20 +17,11 @@ from typing import Any, NamedTuple
 import sqlalchemy
 from sqlalchemy import Connection, Engine, Result, ScalarResult
 from sqlalchemy.engine import FilterResult, MappingResult
-from sqlalchemy.ext.asyncio import (
-    AsyncConnection,
-    AsyncEngine,
-    AsyncResult,
-    AsyncScalarResult,
-    AsyncSession,
-    async_scoped_session,
-    async_sessionmaker,
-)
 from sqlalchemy.orm import Query, Session, scoped_session, sessionmaker
 from sqlalchemy.orm.state import InstanceState
 from sqlalchemy.pool import PoolProxiedConnection
 
-from ._places import full_name, innermost, place_of
+from ._places import asyncio_classes, full_name, innermost, place_of
 from .errors import NotPlainError, Outcome
 
 Buffer = bytes | bytearray | memoryview
@@ -59,12 +50,16 @@ _RESULT = Remedy("return its rows, result.all()", "pass its rows, result.all()")
 
 _REMEDIES: tuple[tuple[tuple[type, ...], Remedy], ...] = (
     ((Session, scoped_session, sessionmaker), _SESSION),
-    ((AsyncSession, async_scoped_session, async_sessionmaker), _SESSION),
-    ((Engine, Connection, AsyncEngine, AsyncConnection), _CONNECTION),
+    ((Engine, Connection), _CONNECTION),
     ((PoolProxiedConnection,), _CONNECTION),
     ((Result, ScalarResult, MappingResult, FilterResult), _RESULT),
-    ((AsyncResult, AsyncScalarResult, Query), _RESULT),
+    ((Query,), _RESULT),
     ((InstanceState,), _MAPPED),
+)
+_ASYNCIO_REMEDIES: tuple[tuple[tuple[str, ...], Remedy], ...] = (
+    (("AsyncSession", "async_scoped_session", "async_sessionmaker"), _SESSION),
+    (("AsyncEngine", "AsyncConnection"), _CONNECTION),
+    (("AsyncResult", "AsyncScalarResult", "AsyncMappingResult"), _RESULT),
 )
 _DBAPI_CONNECTION = ("cursor", "commit", "rollback", "close")  # PEP 249
 _DBAPI_CURSOR = ("execute", "executemany", "fetchone", "fetchmany", "close")  # PEP 249
@@ -96,6 +91,9 @@ def remedy_for(cls: type) -> Remedy | None:
 def _examine(cls: type) -> Remedy | None:
     for classes, remedy in _REMEDIES:
         if issubclass(cls, classes):
+            return remedy
+    for names, remedy in _ASYNCIO_REMEDIES:
+        if issubclass(cls, asyncio_classes(*names)):
             return remedy
     if sqlalchemy.inspect(cls, raiseerr=False) is not None:
         return _MAPPED

@@ -13,7 +13,6 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -24,7 +23,7 @@ from ._commits import CommitWatch
 from ._inheritance import live_entries, pool_of, refuse_inherited
 from ._options import DEFAULTS, JobOptions
 from ._phase import Phase, PhaseRecord
-from ._places import full_name
+from ._places import asyncio_classes, full_name
 from .errors import (
     DBPoolError,
     JobExitedError,
@@ -97,7 +96,7 @@ class Database:
         record: PhaseRecord,
     ) -> None:
         engine = engine_factory()
-        if isinstance(engine, AsyncEngine):
+        if isinstance(engine, asyncio_classes("AsyncEngine")):
             raise TypeError(
                 "the engine factory returned an AsyncEngine, but a job runs without an "
                 "event loop; return create_engine(...) with a synchronous driver"

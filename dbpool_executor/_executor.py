@@ -33,7 +33,6 @@ from ._arguments import (
     default_context,
     default_max_workers,
     factory_of,
-    preload_worker,
 )
 from ._boundary import dumps_call
 from ._dispatcher import Dispatcher
@@ -243,8 +242,6 @@ class DBPoolExecutor(_JobExecutor):
             raise TypeError("initializer must be a callable")
         context = default_context() if mp_context is None else check_context(mp_context)
         start_method = context.get_start_method()
-        if start_method == "forkserver":
-            preload_worker()
         forks = start_method == "fork"
         sessions = check_session_options(session_options or {})
         if not forks:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
 
@@ -41,8 +41,7 @@ class LocalWorker:
             # Its start would unblock SIGINT in this thread, which is blocked below.
             resource_tracker.ensure_running()
         if start_method == "forkserver":
-            # What the program itself starts through it must not inherit that.
-            forkserver.ensure_running()
+            _start_forkserver()
         words = context.RawArray("Q", WORDS)
         self._record = PhaseRecord(words)
         mine, theirs = make_ends()
@@ -96,6 +95,23 @@ class LocalWorker:
         exitcode: int | None = self._process.exitcode
         self._process.close()
         return exitcode
+
+
+def _start_forkserver() -> None:
+    """Start the forkserver, unless it runs, with what each worker would import.
+
+    What the program has chosen to preload is left as it is; there is no public way to
+    ask for that.
+    """
+    ours = ["__main__", "dbpool_executor._worker", "dbpool_executor._unblocked"]
+    server = forkserver._forkserver
+    if getattr(server, "_preload_modules", None) == ["__main__"]:
+        server.set_forkserver_preload(ours)
+    # A Ctrl-C while it starts would print a traceback. But what the program itself
+    # starts through it would inherit that SIGINT is blocked: the last import undoes it.
+    undone = getattr(server, "_preload_modules", None) == ours
+    with _sigint_blocked() if undone else nullcontext():
+        forkserver.ensure_running()
 
 
 class _QuietName(str):

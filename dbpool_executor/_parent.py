@@ -12,9 +12,9 @@ import stat
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 from sqlalchemy import Engine
-from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import (
     AssertionPool,
@@ -24,10 +24,14 @@ from sqlalchemy.pool import (
 )
 
 from ._inheritance import is_in_memory, live_entries, living, pool_of
-from ._places import full_name
+from ._places import asyncio_classes, full_name
 from .errors import OpenConnectionsError
 
-AnyEngine = Engine | AsyncEngine
+if TYPE_CHECKING:
+    # It needs greenlet, which SQLAlchemy 2.1 does not bring along.
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+AnyEngine: TypeAlias = "Engine | AsyncEngine"
 
 # Their connection is the database, or shared by everyone: it cannot be opened anew.
 _POOLS_OF_ONE = (StaticPool, SingletonThreadPool, AssertionPool)
@@ -46,11 +50,12 @@ def engines_of(parent_engine: object) -> tuple[AnyEngine, ...]:
     """
     if parent_engine is None:
         return ()
-    if isinstance(parent_engine, (Engine, AsyncEngine)):
-        return (parent_engine,)
+    kinds = (Engine, *asyncio_classes("AsyncEngine"))
+    if isinstance(parent_engine, kinds):
+        return (cast("AnyEngine", parent_engine),)
     if isinstance(parent_engine, Iterable):
         engines = tuple(parent_engine)
-        if all(isinstance(engine, (Engine, AsyncEngine)) for engine in engines):
+        if all(isinstance(engine, kinds) for engine in engines):
             return engines
     raise TypeError(
         "parent_engine must be an Engine, an AsyncEngine or several of them in a "
@@ -120,7 +125,7 @@ def _is_its_pool(engine: Engine) -> bool:
 
 
 def _dispose(engine: AnyEngine) -> None:
-    engine = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
+    engine = engine if isinstance(engine, Engine) else engine.sync_engine
     if not engine.dialect.is_async:
         engine.dispose()
         return

@@ -5,6 +5,7 @@ Runs in both processes, and only after something was found that cannot cross.
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
@@ -21,6 +22,21 @@ def full_name(cls: type) -> str:
     if cls.__module__ == "builtins":
         return cls.__qualname__
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def asyncio_classes(*names: str) -> tuple[type, ...]:
+    """Give classes of SQLAlchemy's asyncio extension, for ``isinstance``.
+
+    Args:
+        names: Of the classes.
+
+    Returns:
+        None of them if the extension was not imported: then nothing is one of theirs.
+        It needs greenlet, which SQLAlchemy 2.1 does not bring along.
+    """
+    extension = sys.modules.get("sqlalchemy.ext.asyncio")
+    found = (getattr(extension, name, None) for name in names)
+    return tuple(cls for cls in found if isinstance(cls, type))
 
 
 def place_of(culprit: object, roots: Mapping[str, object]) -> str | None:

@@ -15,7 +15,14 @@ from dbpool_executor import DBPoolExecutor
 
 MakeExecutor: TypeAlias = Callable[..., DBPoolExecutor]
 
-_SERVANTS = ("multiprocessing.forkserver", "multiprocessing.resource_tracker")
+_SERVANTS = (
+    "multiprocessing.forkserver",
+    "multiprocessing.resource_tracker",
+    # Of the tests themselves, kept for the whole run.
+    "mariadbd",
+    "postgres",
+    "forking.py",
+)
 
 
 def workers() -> set[psutil.Process]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import graphlib
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,6 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     # The parent.
     "_exit": set(),
+    "_unblocked": set(),
     "_stats": set(),
     "_arguments": {"_boundary", "_places", "errors"},
     "_results": set(),
@@ -223,3 +225,22 @@ def test_package_needs_sqlalchemy_and_nothing_else() -> None:
 def test_package_tells_type_checkers_that_it_is_typed() -> None:
     """PEP 561."""
     assert (PACKAGE / "py.typed").is_file()
+
+
+def test_package_needs_nothing_but_sqlalchemy() -> None:
+    """It is imported and works where greenlet, which SQLAlchemy may lack, is not."""
+    program = (
+        "import sys; sys.modules['greenlet'] = None\n"
+        "from dbpool_executor import DBPoolExecutor\n"
+        "if __name__ == '__main__':\n"
+        "    with DBPoolExecutor('sqlite:///file:x?mode=memory&uri=true', 1) as executor:\n"
+        "        print(executor.submit(abs, -1).result(60))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert (done.stdout, done.returncode) == ("1\n", 0), done.stderr

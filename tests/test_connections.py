@@ -115,7 +115,8 @@ def test_initializer_has_engine_and_session_and_is_committed(
         initargs=("tables",),
     )
     assert executor.submit(jobs.count_items).result(LONGEST) == 1
-    assert database.names() == {"tables item,link"}
+    (name,) = database.names()
+    assert {"item", "link"} <= set(name.removeprefix("tables ").split(","))
 
 
 def test_initializer_runs_once_in_each_worker(

@@ -118,7 +118,7 @@ def test_the_table_tells_what_the_database_holds(sources, temporary):
     nodes = [node for tree in parsed(sources) for node in ast.walk(tree)]
     assert counts[0] == len(list(parsed(sources)))
     assert counts[1] == sum(isinstance(node, kinds) for node in nodes) > 300
-    assert dict(most)["email.charset"] >= 3
+    assert "json.decoder" in dict(most)  # from .decoder import …
 
     assert "3 workers" in done.stdout
     for name, stored in zip(

@@ -1,0 +1,12 @@
+"""Unblocks SIGINT when it is imported: by a forkserver, as the last of its preloads.
+
+Runs in the parent of all workers, never in a worker or in the program itself.
+"""
+
+import signal
+
+if hasattr(signal, "pthread_sigmask"):
+    # A Ctrl-C that came meanwhile is for the program, which has had its own.
+    if hasattr(signal, "sigtimedwait"):
+        signal.sigtimedwait({signal.SIGINT}, 0)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
