@@ -23,9 +23,9 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
-import jobs
 from sqlalchemy import create_engine, text
 
+import jobs
 from dbpool_executor import DBPoolExecutor
 
 ROWS = 1000
