@@ -5,6 +5,7 @@ Runs in the parent; what the workers do is in ``_demo_jobs``.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import multiprocessing
 import os
@@ -78,8 +79,7 @@ def run(options: Options) -> None:
         print("\n".join([*_table(passes), *_imported_most(engine), ""]))
         if skipped := passes[0].skipped:
             names = ", ".join(skipped[:3]) + (", …" if len(skipped) > 3 else "")
-            print("files that are not Python, their jobs rolled back:", end=" ")
-            print(f"{len(skipped)} ({names})")
+            print(f"rolled back, since not Python: {len(skipped)} ({names})")
         if options.keep:
             print(f"kept the tables dbpool_demo_* in the {place}")
 
@@ -97,6 +97,8 @@ def _index(
         partial(jobs.make_engine, engine.url),
         max_workers=workers,
         mp_context=None if method is None else multiprocessing.get_context(method),
+        initializer=gc.set_threshold,
+        initargs=(50_000,),  # syntax trees are large, and have no cycles
         parent_engine=engine,
     ) as executor:
         try:
@@ -203,8 +205,7 @@ def _progress(total: int, title: str) -> Iterator[Callable[[], object]]:
 
     def tell() -> None:
         if (number := next(done)) in told:
-            line = f"{title}: {number:,} of {total:,} files"
-            print(line, file=sys.stderr, flush=True)
+            print(f"{title}: {number:,} of {total:,} files", file=sys.stderr)
 
     yield tell
 

@@ -10,17 +10,17 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
-import processes
 import pytest
+from sqlalchemy import URL
+
+import processes
 import servers
 import tls
+from dbpool_executor import DBPoolExecutor
 from processes import MakeExecutor
 from servers import Database
-from sqlalchemy import URL
 from waiting import LONGEST, Gate
 from warm import Interpreter
-
-from dbpool_executor import DBPoolExecutor
 
 # Read once by the forkserver instead of by each of its workers. Workers of the spawn
 # method show that nothing depends on it.

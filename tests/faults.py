@@ -14,12 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-import jobs
-from models import Item
 from sqlalchemy import Engine, create_engine, event, insert, text
 from sqlalchemy.orm import Session
 
+import jobs
 from dbpool_executor import current_engine, session
+from models import Item
 
 # -- Ends of a worker -----------------------------------------------------------
 

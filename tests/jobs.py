@@ -14,11 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from models import Item, Link
 from sqlalchemy import Engine, create_engine, func, insert, inspect, select, text
 from sqlalchemy.exc import IntegrityError
 
 from dbpool_executor import current_engine, session
+from models import Item, Link
 
 # -- Without a database ---------------------------------------------------------
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from models import Base
 from sqlalchemy import (
     URL,
     Connection,
@@ -30,6 +29,8 @@ from sqlalchemy import (
     make_url,
     text,
 )
+
+from models import Base
 
 POSTGRESQL = "DBPOOL_TEST_POSTGRESQL"
 MARIADB = "DBPOOL_TEST_MARIADB"

@@ -127,7 +127,7 @@ def test_the_table_tells_what_the_database_holds(sources, temporary):
         assert row(name, done.stdout) == [str(stored)] * 2  # many workers, one worker
     name, count = Counter(dict(most)).most_common(1)[0]
     assert row(name, done.stdout) == [str(count)]
-    assert "rolled back: 1 (broken.py)" in done.stdout
+    assert "not Python: 1 (broken.py)" in done.stdout
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -16,9 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy import URL, NullPool, create_engine, exc, text
+
 import servers
 from servers import MissingServerError
-from sqlalchemy import URL, NullPool, create_engine, exc, text
 from waiting import wait_until
 
 PLAIN = {
@@ -80,7 +81,9 @@ def postgresql_server() -> Iterator[tuple[URL, Path]]:
             _run("pg_ctl", "-D", data, "-l", log, "-w", "-o", flags, "start", **options)
         except subprocess.CalledProcessError as exc:
             # Built without OpenSSL, for one.
-            raise MissingServerError(f"no PostgreSQL over TLS: {log.read_text()}") from exc
+            raise MissingServerError(
+                f"no PostgreSQL over TLS: {log.read_text()}"
+            ) from exc
         try:
             url = URL.create(servers.DRIVERS["postgresql-psycopg"], "postgres")
             url = url.set(host="127.0.0.1", port=port, database="postgres")

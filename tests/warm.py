@@ -40,7 +40,12 @@ class Interpreter:
         self._folder = folder
         self._count = 0
         self._process = subprocess.Popen(
-            [sys.executable, "-X", "faulthandler", Path(__file__).with_name("forking.py")],
+            [
+                sys.executable,
+                "-X",
+                "faulthandler",
+                Path(__file__).with_name("forking.py"),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
