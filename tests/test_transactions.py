@@ -29,6 +29,7 @@ only_postgresql = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.smoke
 def test_jobs_are_committed_on_every_database_by_every_start_method(
     database: Database, context: BaseContext, make_executor: MakeExecutor
 ) -> None:
