@@ -318,10 +318,10 @@ class DBPoolExecutor(_JobExecutor):
 
     def _interrupt(self) -> None:
         """Cancel what waits, give running transactions a while to end, then kill."""
-        self._dispatcher.shutdown(cancel=True)
         try:
+            self._dispatcher.shutdown(cancel=True)
             self._dispatcher.join(INTERRUPT_GRACE)
-        finally:  # also at a second Ctrl-C
+        finally:  # also at a second Ctrl-C, which may come at any of these steps
             self.kill_workers()
             self._dispatcher.join()
 
