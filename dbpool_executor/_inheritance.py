@@ -16,13 +16,16 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import operator
 import os
 import sys
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import chain, compress, tee
+from functools import partial
+from itertools import chain, compress
 from typing import Any
 
 from sqlalchemy import URL, Engine, event
@@ -100,20 +103,25 @@ def living(*classes: type) -> list[Any]:
 
 
 def _living(is_wanted: Callable[[type], bool]) -> list[Any]:
-    # Through C alone, so that no other thread runs while there are references to all
-    # objects: it might let one go, and leave its end to this thread. mysqlclient fails
-    # if the end of a result meets the next query of its connection. Collection, which
-    # runs finalizers, is the one thing that could come between.
     # Each by its type() and not by isinstance(): a proxy's __class__ may be a property
     # that runs anybody's code.
     _watch.pause.begin()
     try:
-        types = set(map(type, _all_objects()))
-        wanted = {cls for cls in types if is_wanted(cls)}
-        objects, again = tee(_all_objects())
-        found = [compress(objects, map(wanted.__contains__, map(type, again)))]
-        del objects, again  # or they would keep the last of them
-        return list(found.pop())
+        wanted = set(filter(is_wanted, set(map(type, _all_objects()))))
+        objects: list[object] = []
+        found: list[Any] = []
+        is_found = map(wanted.__contains__, map(type, objects))
+        steps: list[Callable[[], None]] = [
+            partial(objects.extend, _all_objects()),
+            partial(found.extend, compress(objects, is_found)),
+            objects.clear,
+        ]
+        # One call, and C alone, so that no other thread runs while there are references
+        # to all objects: it might let one go, and leave its end to this thread.
+        # mysqlclient fails if the end of a result meets the next query of its
+        # connection. Collection, which runs finalizers, is paused for the same reason.
+        deque(map(operator.call, steps), maxlen=0)
+        return found
     finally:
         _watch.pause.end()
 
@@ -134,6 +142,12 @@ def is_in_memory(url: URL) -> bool:
     if url.get_backend_name() != "sqlite":
         return False
     return not url.database or ":memory:" in url.database or "mode=memory" in str(url)
+
+
+def is_sqlite(driver_connection: object) -> bool:
+    """Say whether a connection is of the sqlite3 module, which not everybody imports."""
+    module: Any = sys.modules.get("sqlite3")
+    return module is not None and isinstance(driver_connection, module.Connection)
 
 
 def live_entries() -> list[ConnectionPoolEntry]:
@@ -198,11 +212,11 @@ def bury_inherited() -> list[str]:
     pools = _inherited_pools()
     if not pools:
         return []
-    names = {engine.pool: repr(engine) for engine in living(Engine)}
+    engines = {engine.pool: repr(engine) for engine in living(Engine)}
     return [
-        f"workers inherit open connections of {names.get(pool, 'an engine that is gone')} "
-        "from the process that forks them; they are kept out of use, but a module that "
-        "is preloaded should not connect"
+        f"workers inherit open connections of {engines.get(pool, 'some engine')} from "
+        "the process that forks them; they are kept out of use, but a module that is "
+        "preloaded should not connect"
         for pool in pools
     ]
 
