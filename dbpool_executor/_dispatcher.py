@@ -94,6 +94,8 @@ class Dispatcher:
             WorkerStartError: The executor is broken.
             RuntimeError: It was shut down, or this is a forked copy of its process.
         """
+        # Before the lock: in a copy, a thread that is not there may hold it for ever.
+        self.check_owner()
         with self._lock:
             self.check_open()
             if self._thread is None:
@@ -103,8 +105,7 @@ class Dispatcher:
             self._wake()
 
     def check_open(self) -> None:
-        """Raise as :meth:`add` would."""
-        self.check_owner()
+        """Raise as :meth:`add` would in the process that made the executor."""
         if self._workers.failure is not None:
             raise self._workers.failure.error()
         if self._closing:
@@ -112,13 +113,17 @@ class Dispatcher:
         if at_exit.has_begun:
             raise RuntimeError("cannot schedule new futures after interpreter shutdown")
 
+    def is_copy(self) -> bool:
+        """Say whether this is a forked copy of the process that made the executor."""
+        return self._pid != os.getpid()
+
     def check_owner(self) -> None:
-        """Refuse to work in a forked copy of the process that made the executor.
+        """Refuse to work in a forked copy.
 
         Raises:
             RuntimeError: This is such a copy.
         """
-        if self._pid != os.getpid():
+        if self.is_copy():
             raise RuntimeError(
                 "this executor belongs to the process that made it, and this is a "
                 "forked copy of that process; make a new executor here"
@@ -140,7 +145,7 @@ class Dispatcher:
 
         Takes no lock: garbage collection may call it anywhere.
         """
-        if self._pid != os.getpid():
+        if self.is_copy():
             return
         self._closing = True
         if self._thread is None:
@@ -169,6 +174,8 @@ class Dispatcher:
 
     def health(self) -> str:
         """Say in a word what state it is in."""
+        if self.is_copy():
+            return "copied"
         if self._workers.failure is not None:
             return "broken"
         return "shut down" if self._closing else "open"

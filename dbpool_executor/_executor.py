@@ -81,6 +81,7 @@ class _JobExecutor(Executor):
         try:
             call = dumps_call(fn, args, kwargs)
         except Exception as exc:
+            self._dispatcher.check_owner()
             self._dispatcher.check_open()
             future.set_exception(exc)
         else:
@@ -115,9 +116,11 @@ class _JobExecutor(Executor):
         Raises:
             TypeError: ``buffersize`` is not an integer.
             ValueError: ``chunksize`` or ``buffersize`` is below 1.
+            RuntimeError: As for :meth:`submit`.
             TimeoutError: From the iterator: a result was not there in time.
             Exception: From the iterator: whatever a call raised.
         """
+        self._dispatcher.check_owner()
         if chunksize < 1:
             raise ValueError(f"chunksize must be >= 1, not {chunksize}")
         if buffersize is not None:
@@ -171,7 +174,9 @@ class _JobExecutor(Executor):
         Raises:
             TypeError: A value is of the wrong kind.
             ValueError: A number is out of range, or two options exclude each other.
+            RuntimeError: This is a forked copy of the process that made the executor.
         """
+        self._dispatcher.check_owner()
         options = self._options.with_(
             commit=commit,
             timeout=timeout,
@@ -293,12 +298,14 @@ class DBPoolExecutor(_JobExecutor):
         Returns:
             A snapshot; it does not change with the executor.
         """
+        self._dispatcher.check_owner()
         return self._dispatcher.stats()
 
     def _owner(self) -> DBPoolExecutor:
         return self
 
     def __enter__(self) -> Self:
+        self._dispatcher.check_owner()
         return self
 
     def __exit__(
@@ -307,6 +314,8 @@ class DBPoolExecutor(_JobExecutor):
         exc_value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if exc_type is not None and self._dispatcher.is_copy():
+            return  # what ends the copy says more than that it is one
         if exc_type is not None and issubclass(exc_type, KeyboardInterrupt):
             self._interrupt()
             return
@@ -326,7 +335,7 @@ class DBPoolExecutor(_JobExecutor):
             self._dispatcher.join()
 
     def __repr__(self) -> str:
-        counts = self.stats()._asdict().items()
+        counts = self._dispatcher.stats()._asdict().items()
         return (
             f"<DBPoolExecutor {self._dispatcher.health()}, "
             f"max_workers={self._max_workers}, "

@@ -6,14 +6,16 @@ Runs in a worker. :func:`main` is named by the parent and imported by the child.
 from __future__ import annotations
 
 import faulthandler
+import logging
 import multiprocessing
 import os
+import select
 import signal
 import socket
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, MutableSequence
+from collections.abc import Callable, Mapping, MutableSequence, Sequence
 from contextlib import suppress
 from functools import partial
 from multiprocessing.reduction import ForkingPickler
@@ -36,7 +38,10 @@ from .errors import ArgumentsLostError, Outcome
 
 T = TypeVar("T")
 
+log = logging.getLogger("dbpool_executor")
+
 _CANCEL_GRACE = 1.0  # seconds
+_FLUSH_GRACE = 1.0
 
 
 class WorkerSetup(NamedTuple):
@@ -94,11 +99,13 @@ def main(end: socket.socket, words: MutableSequence[int], sent: SentSetup) -> No
     for note in bury_inherited():
         tell(note)
     record = PhaseRecord(words)
-    database: Database | None = None
+    databases: list[Database] = []  # none until it is made
+    _follow_parent(end, databases)
     try:
         try:
             setup = sent.load()
             database = Database(setup.engine_factory, setup.session_options, record)
+            databases.append(database)
             watch_limit(database.engine, setup.max_workers, tell)
             if setup.initializer is not None:
                 database.run(partial(_initialize, setup.initializer, setup.initargs))
@@ -107,11 +114,10 @@ def main(end: socket.socket, words: MutableSequence[int], sent: SentSetup) -> No
         except BaseException as exc:
             channel.send(Message(Kind.START_FAILURE, dumps_exception(exc)))
             return
-        _follow_parent(database)
         channel.send(Message(Kind.READY))
         _serve(channel, database, record)
     finally:
-        if database is not None:
+        for database in databases:
             with suppress(Exception):
                 database.dispose()
 
@@ -167,7 +173,7 @@ def _run(database: Database, job: Message) -> Message:
     options = loads_options(*map(bytes, encoded))
     name = getattr(fn, "__qualname__", repr(fn))
     try:
-        parts = database.run(partial(fn, *args, **kwargs), options, name)
+        parts = database.run(partial(_call, fn, args, kwargs), options, name)
     except Exception as exc:
         trace = exc.__traceback__
         while trace is not None and trace.tb_frame.f_globals.get("__package__") == (
@@ -181,27 +187,54 @@ def _run(database: Database, job: Message) -> Message:
     return Message(Kind.RESULT, parts)
 
 
+def _call(
+    fn: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> object:
+    pid = os.getpid()
+    try:
+        return fn(*args, **kwargs)
+    finally:
+        if os.getpid() != pid:
+            # The job has forked. Only one of the two may commit and answer.
+            log.warning(
+                "the job %s came back in a forked copy of its worker, which ends here; "
+                "end such a copy with os._exit()",
+                getattr(fn, "__qualname__", fn),
+            )
+            _leave()
+
+
 def _tell(channel: Channel, text: str) -> None:
     channel.send(Message(Kind.NOTE, [text.encode()]))
 
 
-def _follow_parent(database: Database) -> None:
+def _follow_parent(end: socket.socket, databases: Sequence[Database]) -> None:
     """End this process with its parent, also in the middle of a statement."""
 
     def follow() -> None:
-        parent = multiprocessing.parent_process()
-        if parent is not None:
-            parent.join()
-            # The server would go on with the statement of a client that is gone. It may
-            # be gone as well, and a driver that waits for it may hold the interpreter's
-            # lock: this timer needs none.
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            faulthandler.dump_traceback_later(_CANCEL_GRACE, exit=True, file=nowhere)
-            with suppress(Exception):
+        _wait_for_parents_end(end)
+        # The server would go on with the statement of a client that is gone. It may be
+        # gone as well, and a driver that waits for it may hold the interpreter's lock:
+        # this timer needs none.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        faulthandler.dump_traceback_later(_CANCEL_GRACE, exit=True, file=nowhere)
+        with suppress(Exception):
+            for database in databases:
                 database.cancel_statements()
-            os._exit(1)
+        os._exit(1)
 
     threading.Thread(target=follow, name="DBPoolFollower", daemon=True).start()
+
+
+def _wait_for_parents_end(end: socket.socket) -> None:
+    if hasattr(select, "poll"):
+        # For nothing but that the other end is closed. What multiprocessing waits for
+        # is held open by forked copies of the parent; this is not.
+        poll = select.poll()
+        poll.register(end, 0)
+        poll.poll()
+    elif (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
 
 
 def _take_over_signals() -> None:
@@ -217,7 +250,15 @@ def _take_over_signals() -> None:
 
 
 def _leave() -> None:
+    # In a thread, and not waited for without end: another thread of the parent may have
+    # been printing at the fork, and nobody releases that lock here.
+    flusher = threading.Thread(target=_flush, daemon=True)
+    flusher.start()
+    flusher.join(_FLUSH_GRACE)
+    os._exit(0)
+
+
+def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         with suppress(Exception):
             stream.flush()
-    os._exit(0)

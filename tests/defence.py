@@ -1,7 +1,7 @@
 """Takes the package's defence away, to show that the tests of inheritance need it.
 
-Set ``DBPOOL_TEST_WITHOUT_DEFENCE=1`` and run them: programs that fork by themselves never
-import the package, and the executor forks whatever is open. Imports no pytest.
+Set ``DBPOOL_TEST_WITHOUT_DEFENCE=1`` and run them: programs that fork by themselves
+never import the package, and the executor forks whatever is open. Imports no pytest.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ def is_taken_away() -> bool:
 
 def take_away() -> None:
     """Make all that the package does against inheritance do nothing in this process."""
+    # Here and not above: programs that must not know the package import this module.
     from dbpool_executor import (
         _database,
         _executor,

@@ -6,6 +6,7 @@ does it import the package, which some of those programs must not know.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import json.tool
@@ -243,6 +244,37 @@ def is_in_transaction(url: str, number: int) -> bool:
         )
     with outside.connect() as connection:
         return bool(connection.scalar(text(sql), {"number": number}))
+
+
+# -- Beside connections that are no pool's --------------------------------------
+
+raw: Any
+
+
+def connect_raw(url: str, *, detached: bool) -> None:
+    """Bind a global to a driver's connection, and write over it.
+
+    Args:
+        url: Of the database.
+        detached: Whether it was a pool's once. Otherwise SQLAlchemy never knew it.
+    """
+    global raw
+    unbound = create_engine(url)
+    if detached:
+        raw = unbound.raw_connection()
+        raw.detach()
+    else:
+        args, kwargs = unbound.dialect.create_connect_args(unbound.url)
+        raw = unbound.dialect.connect(*args, **kwargs)
+    raw.cursor().execute("INSERT INTO item (name, amount) VALUES ('raw', 0)")
+
+
+def end_raw() -> None:
+    """As a job: undo what was written over the inherited connection, and close it."""
+    with contextlib.suppress(Exception):
+        raw.rollback()
+    with contextlib.suppress(Exception):
+        raw.close()
 
 
 def end() -> None:

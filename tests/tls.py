@@ -113,7 +113,7 @@ def mariadb_server() -> Iterator[tuple[URL, Path]]:
         )
         process = subprocess.Popen(
             [
-                "mariadbd",
+                _which("mariadbd") or "mariadbd",
                 "--no-defaults",
                 f"--datadir={data}",
                 f"--socket={folder / 'socket'}",
@@ -150,9 +150,18 @@ def _answers(url: URL) -> bool:
     return True
 
 
+# Where Debian installs servers, which is on no PATH.
+_DEBIAN = Path("/usr/lib/postgresql")
+
+
+def _which(program: str) -> str | None:
+    folders = (os.environ["PATH"], "/usr/sbin", *map(str, _DEBIAN.glob("*/bin")))
+    return shutil.which(program, path=os.pathsep.join(folders))
+
+
 @contextlib.contextmanager
 def _folder(*programs: str) -> Iterator[Path]:
-    missing = [name for name in programs if shutil.which(name) is None]
+    missing = [name for name in programs if _which(name) is None]
     if missing:
         raise MissingServerError(f"no server over TLS: {', '.join(missing)} not found")
     folder = Path(tempfile.mkdtemp(prefix="dbpool-test-"))
@@ -173,10 +182,15 @@ def _certificate(folder: Path) -> Path:
 
 
 def _run(*command: str | Path, **options: Any) -> None:
+    program, *arguments = command
     # Not through a pipe: a server that was started would keep it open.
     with tempfile.TemporaryFile() as output:
         subprocess.run(
-            command, check=True, stdout=output, stderr=subprocess.STDOUT, **options
+            [_which(str(program)) or program, *arguments],
+            check=True,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            **options,
         )
 
 

@@ -1,11 +1,13 @@
-"""Asks the interpreter of ``forking.py`` to run programs.
+"""An interpreter that has imported everything, and forks a process for each program.
 
-Imported by tests.
+So a program costs a fork and not the import of SQLAlchemy. Imported by tests, and run
+as a script by :class:`Interpreter`. Imports no pytest.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import selectors
@@ -15,6 +17,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy import create_engine
+
+import defence
 from waiting import LONGEST
 
 ROUNDS = "DBPOOL_TEST_ROUNDS"
@@ -30,7 +35,7 @@ def rounds(usual: int) -> int:
 
 
 class Interpreter:
-    """An interpreter that has imported everything, and forks a process per program.
+    """The interpreter, as tests see it.
 
     Args:
         folder: Where programs leave what they report and print.
@@ -44,7 +49,7 @@ class Interpreter:
                 sys.executable,
                 "-X",
                 "faulthandler",
-                Path(__file__).with_name("forking.py"),
+                __file__,
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -55,7 +60,7 @@ class Interpreter:
         """Run a program, and give what it reports.
 
         Args:
-            program: Its name in ``forking.PROGRAMS``.
+            program: The name of its function.
             arguments: What to call it with, as far as JSON can carry it.
 
         Raises:
@@ -97,6 +102,50 @@ class Interpreter:
         line = b""
         while not line.endswith(b"\n"):
             byte = os.read(stdout.fileno(), 1)
-            assert byte, "the interpreter of forking.py has ended"
+            assert byte, "the interpreter has ended"
             line += byte
         return line
+
+
+# -- The other side ----------------------------------------------------------------
+
+
+def serve() -> None:
+    """Run programs, each in a fork, until no more are asked for."""
+    import forking
+    import forking_executors
+
+    programs = {
+        program.__name__: program
+        for program in (*forking.PROGRAMS, *forking_executors.PROGRAMS)
+    }
+    for driver in ("psycopg", "psycopg2", "asyncpg", "pymysql", "mysqldb"):
+        backend = "mysql" if "mysql" in driver else "postgresql"
+        with contextlib.suppress(ImportError):
+            create_engine(f"{backend}+{driver}://")
+    # So that collection in a copy looks at what its program has, and at nothing else.
+    gc.freeze()
+    for line in sys.stdin:
+        name, arguments, report, log = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            os.setsid()
+            _redirect(log)
+            result = programs[name](**arguments)
+            Path(report).write_text(json.dumps(result))
+            return
+        print(pid, flush=True)
+        _, status = os.waitpid(pid, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+def _redirect(log: str) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+
+
+if __name__ == "__main__":
+    serve()
+elif __name__ == "__mp_main__" and defence.is_taken_away():
+    defence.take_away()  # in a worker of a program that has an executor
