@@ -5,26 +5,36 @@ makes an engine, and submit functions that use :data:`session`. Each job is one
 transaction, and every future tells the truth about the database.
 """
 
-from ._database import current_engine, session
-from ._executor import DBPoolExecutor
-from ._stats import Stats
-from .errors import (
-    ArgumentsLostError,
-    DBPoolError,
-    JobExitedError,
-    JobFailedError,
-    JobTimeoutError,
-    NotPlainError,
-    OpenConnectionsError,
-    Outcome,
-    OutcomeUnknownError,
-    OutsideJobError,
-    ResolveNotSupportedError,
-    ResultLostError,
-    TransactionAbortedError,
-    WorkerDiedError,
-    WorkerStartError,
-)
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+# Its hooks defend what this process has open from now on, whatever else it imports.
+from . import _inheritance as _inheritance
+
+if TYPE_CHECKING:
+    from . import errors as errors
+    from ._database import current_engine, session
+    from ._executor import DBPoolExecutor
+    from ._stats import Stats
+    from .errors import (
+        ArgumentsLostError,
+        DBPoolError,
+        JobExitedError,
+        JobFailedError,
+        JobTimeoutError,
+        NotPlainError,
+        OpenConnectionsError,
+        Outcome,
+        OutcomeUnknownError,
+        OutsideJobError,
+        ResolveNotSupportedError,
+        ResultLostError,
+        TransactionAbortedError,
+        WorkerDiedError,
+        WorkerStartError,
+    )
 
 __all__ = [
     "ArgumentsLostError",
@@ -47,3 +57,27 @@ __all__ = [
     "current_engine",
     "session",
 ]
+
+# Where the names are that are not errors.
+_HOMES = {
+    "DBPoolExecutor": "._executor",
+    "Stats": "._stats",
+    "current_engine": "._database",
+    "session": "._database",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Each name is imported when it is asked for, as in concurrent.futures: a worker
+    # whose jobs import `session` has no use for what the parent runs.
+    if name == "errors":
+        return import_module(".errors", __name__)
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(_HOMES.get(name, ".errors"), __name__)
+    value = globals()[name] = getattr(module, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "errors"})

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import re
-import sqlite3
 from contextlib import suppress
 from typing import Any
 
@@ -19,33 +18,35 @@ from sqlalchemy.orm import Session
 
 from . import _drivers
 from ._alarm import Alarm
+from ._inheritance import is_sqlite
 from ._phase import Phase, PhaseRecord
 from .errors import TransactionAbortedError
 
 
 @functools.lru_cache(maxsize=512)
-def _begins(pattern: re.Pattern[str], statement: str) -> bool:
-    return pattern.match(statement) is not None
+def _begins(words: str, statement: str) -> bool:
+    """Say whether a statement begins with words, comments before them aside."""
+    return _beginning(words).match(statement) is not None
 
 
+@functools.cache
 def _beginning(words: str) -> re.Pattern[str]:
-    """Match a statement that begins with words, comments before them aside."""
     comments = r"(?:\s|--[^\n]*\n|#[^\n]*\n|/\*.*?\*/)*"
     return re.compile(rf"{comments}(?:{words})\b", re.IGNORECASE | re.DOTALL)
 
 
-_COMMITS = _beginning(r"COMMIT|END|PREPARE\s+TRANSACTION")
+_COMMITS = r"COMMIT|END|PREPARE\s+TRANSACTION"
 # MariaDB documentation, "SQL statements that cause an implicit commit"; and a procedure
 # may do what it likes.
-_COMMITS_ON_MYSQL = _beginning(
+_COMMITS_ON_MYSQL = (
     r"ALTER|ANALYZE|BEGIN|CACHE|CALL|CHANGE|CHECK|COMMIT|CREATE|DROP|FLUSH|GRANT|INSTALL"
     r"|LOAD\s+INDEX|LOCK|OPTIMIZE|RENAME|REPAIR|RESET|REVOKE"
     r"|SET\b[^=]*\b(?:AUTOCOMMIT|PASSWORD)|START|STOP|TRUNCATE|UNINSTALL|UNLOCK|XA"
 )
 # Before these alone the sqlite3 module begins a transaction (Python documentation,
 # "sqlite3", "Transaction control").
-_BEGINS_ON_SQLITE = _beginning("INSERT|UPDATE|DELETE|REPLACE")
-_READS_ON_SQLITE = _beginning(
+_BEGINS_ON_SQLITE = "INSERT|UPDATE|DELETE|REPLACE"
+_READS_ON_SQLITE = (
     r"SELECT|VALUES|EXPLAIN|PRAGMA|BEGIN|ROLLBACK"
     r"|WITH\b(?!.*\b(?:INSERT|UPDATE|DELETE|REPLACE)\b)"
 )
@@ -175,7 +176,7 @@ def _commits_by_itself(connection: Connection, statement: str) -> bool:
 
 def _commits_on_sqlite(connection: Connection, statement: str) -> bool:
     driver_connection: Any = connection.connection.driver_connection
-    is_known = isinstance(driver_connection, sqlite3.Connection)
+    is_known = is_sqlite(driver_connection)
     if not is_known or driver_connection.in_transaction:
         return _begins(_COMMITS, statement)
     if driver_connection.isolation_level is not None and _begins(

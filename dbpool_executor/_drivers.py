@@ -6,7 +6,6 @@ one and the same serialization failure arrives as four of them.
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import ConnectionPoolEntry
+
+from ._inheritance import is_sqlite
 
 _IN_ERROR = 3  # PQTRANS_INERROR of libpq, the same in psycopg and psycopg2
 
@@ -53,8 +54,8 @@ def _is_transient(error: DBAPIError) -> bool:
         return False
     if error.connection_invalidated or state in _TRANSIENT_STATES:
         return True
-    if isinstance(error.orig, sqlite3.Error):
-        code: int = getattr(error.orig, "sqlite_errorcode", 0)
+    code = getattr(error.orig, "sqlite_errorcode", None)
+    if isinstance(code, int):
         return code & 0xFF in _TRANSIENT_SQLITE
     return mysql_number(error) in _TRANSIENT_NUMBERS
 
@@ -110,7 +111,7 @@ def autocommits(connection: Connection) -> bool:
     if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
         return True
     driver_connection: Any = connection.connection.driver_connection
-    if isinstance(driver_connection, sqlite3.Connection):
+    if is_sqlite(driver_connection):
         # Its attribute says only who begins transactions, the module or the program.
         return False
     with suppress(Exception):
@@ -144,7 +145,7 @@ def cancel(engine: Engine, entry: ConnectionPoolEntry) -> None:
     driver_connection: Any = entry.driver_connection
     if driver_connection is None:
         return
-    if isinstance(driver_connection, sqlite3.Connection):
+    if is_sqlite(driver_connection):
         driver_connection.interrupt()
     elif (thread_id := entry.info.get(_THREAD_ID)) is not None:
         # A pool of its own: the engine's may have none left to give.

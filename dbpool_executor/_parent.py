@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import os
-import sqlite3
 import stat
 from collections import Counter
 from collections.abc import Iterable
@@ -23,7 +22,7 @@ from sqlalchemy.pool import (
     StaticPool,
 )
 
-from ._inheritance import is_in_memory, live_entries, living, pool_of
+from ._inheritance import is_in_memory, is_sqlite, live_entries, living, pool_of
 from ._places import asyncio_classes, full_name
 from .errors import OpenConnectionsError
 
@@ -152,7 +151,7 @@ def _checked_out() -> list[str]:
     pools: Counter[Pool] = Counter()
     for entry in live_entries():
         # SQLite's are judged by whether their file is open.
-        if entry.in_use and not isinstance(entry.driver_connection, sqlite3.Connection):
+        if entry.in_use and not is_sqlite(entry.driver_connection):
             pool = pool_of(entry)
             if pool is not None:
                 pools[pool] += 1
@@ -186,9 +185,7 @@ def _open_sqlite_files() -> list[str]:
     found = {f"the SQLite file {path} is open" for path in _sqlite_files()}
     # A file that is still empty is known only by its connection.
     pools = {
-        pool_of(entry)
-        for entry in live_entries()
-        if isinstance(entry.driver_connection, sqlite3.Connection)
+        pool_of(entry) for entry in live_entries() if is_sqlite(entry.driver_connection)
     }
     if pools:
         found |= {

@@ -24,7 +24,9 @@ from warm import Interpreter
 
 # Read once by the forkserver instead of by each of its workers. Workers of the spawn
 # method show that nothing depends on it.
-multiprocessing.set_forkserver_preload(["dbpool_executor", "models"])
+multiprocessing.set_forkserver_preload(
+    ["dbpool_executor._worker", "models", "psycopg", "psycopg2", "pymysql", "MySQLdb"]
+)
 
 
 @pytest.fixture(scope="session")

@@ -33,10 +33,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_exceptions": {"_boundary", "_places", "errors"},
     # Workers.
     "_alarm": set(),
-    "_drivers": set(),
+    "_drivers": {"_inheritance"},
     "_notes": {"_inheritance"},
     "_resolution": {"errors"},
-    "_commits": {"_alarm", "_drivers", "_phase", "errors"},
+    "_commits": {"_alarm", "_drivers", "_inheritance", "_phase", "errors"},
     "_database": {
         "_alarm", "_boundary", "_commits", "_drivers", "_inheritance", "_options",
         "_phase", "_places", "_resolution", "errors",
@@ -69,7 +69,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "_parent", "_results", "_stats", "_worker",
     },
     # The front door, and what comes through it.
-    "__init__": {"_database", "_executor", "_stats", "errors"},
+    "__init__": {"_database", "_executor", "_inheritance", "_stats", "errors"},
     "_demo_jobs": {"__init__"},
     "_demo": {"__init__", "_demo_jobs"},
     "__main__": {"__init__", "_demo"},
