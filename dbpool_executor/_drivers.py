@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from ._inheritance import is_sqlite
@@ -57,7 +57,11 @@ def _is_transient(error: DBAPIError) -> bool:
     code = getattr(error.orig, "sqlite_errorcode", None)
     if isinstance(code, int):
         return code & 0xFF in _TRANSIENT_SQLITE
-    return mysql_number(error) in _TRANSIENT_NUMBERS
+    number = mysql_number(error)
+    if number is not None:
+        return number in _TRANSIENT_NUMBERS
+    # libpq has no SQLSTATE for a connection that it could not make.
+    return isinstance(error, OperationalError) and not (state or error.statement)
 
 
 def leaves_commit_unknown(error: DBAPIError) -> bool:

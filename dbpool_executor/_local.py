@@ -6,6 +6,7 @@ Runs in the parent. The only module that knows that a worker is a child process.
 from __future__ import annotations
 
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from multiprocessing import forkserver, resource_tracker
@@ -15,7 +16,7 @@ from ._channel import Channel, kept_by_child, make_ends
 from ._inheritance import thorough
 from ._parent import prepare_fork
 from ._phase import WORDS, PhaseRecord, Progress
-from ._worker import SentSetup, WorkerSetup, ignoring_sigint, main
+from ._worker import SentSetup, WorkerSetup, begin, main
 
 _END_GRACE = 1.0  # seconds for a process to end after its channel has
 
@@ -35,7 +36,8 @@ class LocalWorker:
 
     def __init__(self, context: BaseContext, setup: WorkerSetup) -> None:
         start_method = context.get_start_method()
-        if start_method == "fork":
+        forks = start_method == "fork"
+        if forks:
             prepare_fork()
         else:
             # Its start would unblock SIGINT in this thread, which is blocked below.
@@ -49,8 +51,9 @@ class LocalWorker:
         self.channel = Channel(mine)
         self._process = context.Process(  # type: ignore[attr-defined]
             target=main,
-            args=(theirs, words, SentSetup(setup)),
-            name=_QuietName("DBPoolWorker"),
+            # What is pickled gets it with its name, and sooner.
+            args=(theirs if forks else None, words, SentSetup(setup)),
+            name=_FirstName("DBPoolWorker", theirs),
         )
         try:
             with theirs, kept_by_child(theirs), thorough(), _sigint_blocked():
@@ -114,17 +117,27 @@ def _start_forkserver() -> None:
         forkserver.ensure_running()
 
 
-class _QuietName(str):
-    """A process name that has the child ignore Ctrl-C when it is unpickled there.
+class _FirstName(str):
+    """A process name that calls :func:`begin` when it is unpickled in the child.
 
-    That is the first thing of ours that happens under forkserver, where the child does
-    not inherit this thread's signal mask: before it imports the main module.
+    That is the first thing of ours that happens there, before the main module is
+    imported: then a Ctrl-C would print a traceback, since under forkserver the child
+    does not inherit this thread's signal mask, and what that module raises would be
+    told to nobody.
     """
 
-    __slots__ = ()
+    __slots__ = ("_end",)
+    _end: socket.socket | None
 
-    def __reduce__(self) -> tuple[Callable[[str], str], tuple[str]]:
-        return ignoring_sigint, (str(self),)
+    def __new__(cls, name: str, end: socket.socket) -> _FirstName:
+        self = super().__new__(cls, name)
+        self._end = end
+        return self
+
+    def __reduce__(self) -> tuple[Callable[..., str], tuple[object, ...]]:
+        end, self._end = self._end, None
+        # It is pickled again, as the name of the process that is made there.
+        return (str, (str(self),)) if end is None else (begin, (str(self), end))
 
 
 @contextmanager

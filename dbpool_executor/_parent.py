@@ -6,6 +6,7 @@ Runs in the parent.
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import stat
 from collections import Counter
@@ -74,7 +75,15 @@ def prepare(engines: Iterable[AnyEngine], *, forks: bool) -> None:
     Raises:
         OpenConnectionsError: Workers would be forks, and a connection is checked out
             or a SQLite file is open.
+        RuntimeError: This process is itself about to become a worker.
     """
+    # What multiprocessing asks as well, later and for each start.
+    if not forks and getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise RuntimeError(
+            "a process that was started as a worker still imports the main module of "
+            "the program, and that submits jobs; have it do so only in the program "
+            "itself, under: if __name__ == '__main__'"
+        )
     for engine in engines:
         _dispose(engine)
     if forks:

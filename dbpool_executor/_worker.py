@@ -20,6 +20,7 @@ from contextlib import suppress
 from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from multiprocessing.util import Finalize
+from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import Engine
@@ -81,11 +82,13 @@ class SentSetup:
         return setup
 
 
-def main(end: socket.socket, words: MutableSequence[int], sent: SentSetup) -> None:
+def main(
+    end: socket.socket | None, words: MutableSequence[int], sent: SentSetup
+) -> None:
     """Run jobs until the parent has no more of them.
 
     Args:
-        end: The worker's end of its channel.
+        end: The worker's end of its channel; None if :func:`begin` was given it.
         words: Memory for the phase record.
         sent: What to make before the first job.
     """
@@ -93,6 +96,8 @@ def main(end: socket.socket, words: MutableSequence[int], sent: SentSetup) -> No
     # Nothing of the interpreter's own end may run here: under fork and forkserver it
     # would act on what was inherited. The lowest priority is the last to run.
     Finalize(None, _leave, exitpriority=-1000)
+    sys.excepthook = sys.__excepthook__
+    end = end or _begun
     own_end(end)
     channel = Channel(end)
     tell = partial(_tell, channel)
@@ -122,10 +127,31 @@ def main(end: socket.socket, words: MutableSequence[int], sent: SentSetup) -> No
                 database.dispose()
 
 
-def ignoring_sigint(name: str) -> str:
-    """Ignore Ctrl-C from here on, and give the name of the process."""
+_begun: socket.socket
+
+
+def begin(name: str, end: socket.socket) -> str:
+    """Begin a worker that is not a fork, before it imports the main module.
+
+    Args:
+        name: Of its process.
+        end: Its end of its channel.
+
+    Returns:
+        The name.
+    """
+    global _begun
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _begun = end
+    sys.excepthook = _tell_failed_import
     return name
+
+
+def _tell_failed_import(
+    cls: type[BaseException], exc: BaseException, trace: TracebackType | None
+) -> None:
+    Channel(_begun).send(Message(Kind.START_FAILURE, dumps_exception(exc)))
+    sys.__excepthook__(cls, exc, trace)
 
 
 def run_chunk(fn: Callable[..., T], chunk: tuple[tuple[Any, ...], ...]) -> list[T]:

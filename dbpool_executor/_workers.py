@@ -176,6 +176,8 @@ class Workers:
         self._failures += 1
         ready = self._alive - self._starting
         delay = _rules.delay_after_failed_start(self._failures, ready)
+        if self.failure is not None:
+            return
         if delay is None:
             self.failure = Failure(text, self._failures, parts)
             log.error("the executor is broken: %s", self.failure.error())

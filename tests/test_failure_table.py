@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import signal
-import time
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
@@ -37,6 +37,7 @@ from dbpool_executor import (
     TransactionAbortedError,
     WorkerDiedError,
     WorkerStartError,
+    _channel,
 )
 from processes import MakeExecutor, worker_pids
 from servers import Database
@@ -240,21 +241,42 @@ def test_worker_that_is_killed_while_it_sends_costs_no_other_job(
     context: BaseContext,
     make_executor: MakeExecutor,
     gate: Gate,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A result of 200 MB ends in its middle: seen in two seconds, and told exactly."""
+    """A result of 200 MB ends at any of its bytes: seen in two seconds, told exactly."""
     executor = make_executor(sqlite_database.make_engine, 2, context, **faults.OBEDIENT)
     chance = random.Random(4)
-    lost = 0
+    job = failures.insert_and_give_bytes
     for i in range(4):
-        job = failures.insert_and_give_bytes
         future = executor.submit(job, f"large {i}", 200_000_000, gate.address)
         worker = psutil.Process(gate.arrival())
+        killed = kill_at(worker, chance.randrange(200_000_000), monkeypatch)
         gate.open()
-        time.sleep(chance.uniform(0.0, 0.2))
-        worker.kill()
-        error = future.exception(2.0)
-        assert error is None or isinstance(error, ResultLostError)
-        lost += error is not None
-    assert lost
+        assert killed.wait(LONGEST)
+        assert isinstance(future.exception(2.0), ResultLostError)
     with_36_others(executor, jobs.pid).result(LONGEST)
     assert sqlite_database.names() == {*OTHERS, *(f"large {i}" for i in range(4))}
+
+
+def kill_at(
+    worker: psutil.Process, offset: int, monkeypatch: pytest.MonkeyPatch
+) -> threading.Event:
+    """Kill a worker when so many bytes of its large result have been received.
+
+    Returns:
+        Set once it is killed.
+    """
+    killed = threading.Event()
+    advance = _channel._LargeMessage.advance
+    received = 0
+
+    def count(message: _channel._LargeMessage, size: int) -> None:
+        nonlocal received
+        received += size
+        if received >= offset and not killed.is_set():
+            worker.kill()
+            killed.set()
+        advance(message, size)
+
+    monkeypatch.setattr(_channel._LargeMessage, "advance", count)
+    return killed

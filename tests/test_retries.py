@@ -25,6 +25,7 @@ from dbpool_executor import (
     WorkerDiedError,
 )
 from processes import MakeExecutor
+from proxy import between
 from servers import Database
 from waiting import LONGEST, Gate, wait_until
 
@@ -116,6 +117,22 @@ def test_lock_that_is_not_given_is_tried_again(
         wait_until(lambda: executor.stats().retried, "another try")
     future.result(LONGEST)
     assert amounts(database) == {"a": 6}
+
+
+@only_servers
+def test_server_that_is_down_is_tried_again(
+    database: Database, make_executor: MakeExecutor
+) -> None:
+    """A connection that cannot be made is as good as one that is lost."""
+    with between(database) as (proxy, make_engine):
+        proxy.go_down()
+        executor = make_executor(make_engine, 1, retries=50)
+        future = executor.submit(jobs.insert_item, "a")
+        wait_until(lambda: executor.stats().retried, "another try")
+        proxy.come_back()
+        future.result(LONGEST)
+        executor.shutdown()
+    assert database.names() == {"a"}
 
 
 def test_lost_connection_is_tried_again(

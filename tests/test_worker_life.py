@@ -250,10 +250,17 @@ print(__name__, flush=True)
 executor = DBPoolExecutor({url!r}, 2, multiprocessing.get_context({method!r}))
 futures = [executor.submit(jobs.insert_item, f"item {{i}}") for i in range(3)]
 errors = [future.exception(60) for future in futures]
-print(*[type(error).__name__ for error in errors], flush=True)
+print("told", *[type(error).__name__ for error in errors], flush=True)
+print("cause", *{{type(error.__cause__).__name__ for error in errors}}, flush=True)
 executor.shutdown()
 sys.exit(3)
 """
+BROKEN_IN_WORKERS = UNGUARDED.replace(
+    "print(__name__, flush=True)",
+    """print(__name__, flush=True)
+if __name__ != "__main__":
+    raise LookupError("no configuration")""",
+)
 
 
 @pytest.mark.parametrize("method", ["forkserver", "spawn"])
@@ -265,11 +272,28 @@ def test_program_without_guard_is_told_and_ends(
     with programs.running(tmp_path / "program.py", text) as program:
         output, errors = program.communicate(timeout=60)
     assert program.returncode == 3
-    assert output.startswith("__main__\n")
-    assert output.endswith("WorkerStartError WorkerStartError WorkerStartError\n")
-    assert output.count("__mp_main__\n") <= 5
-    assert "if __name__ == '__main__':" in errors
+    lines = output.splitlines()
+    assert lines.count("__main__") == 1
+    assert 3 <= lines.count("__mp_main__") <= 5
+    assert "told WorkerStartError WorkerStartError WorkerStartError" in lines
+    assert "cause RuntimeError" in lines
+    assert "if __name__ == '__main__'" in errors
     assert sqlite_database.count() == 0
+
+
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_main_module_that_raises_in_workers_is_the_cause(
+    sqlite_database: Database, tmp_path: Path, method: str
+) -> None:
+    """What it raises there is told, though it is imported before anything of ours."""
+    text = BROKEN_IN_WORKERS.format(url=str(sqlite_database.url), method=method)
+    with programs.running(tmp_path / "program.py", text) as program:
+        output, errors = program.communicate(timeout=60)
+    assert program.returncode == 3
+    lines = output.splitlines()
+    assert "told WorkerStartError WorkerStartError WorkerStartError" in lines
+    assert "cause LookupError" in lines
+    assert "LookupError: no configuration" in errors
 
 
 @only_servers
