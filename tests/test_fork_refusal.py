@@ -77,7 +77,7 @@ def connect_idle(engine: Engine, count: int = 1) -> None:
 def test_fork_with_connections_in_use_is_refused_before_anything_is_forked(
     database: Database, make_executor: MakeExecutor
 ) -> None:
-    """The error names each engine and what it has; the transaction is whole afterwards."""
+    """The error names each engine and what it has; its transaction stays whole."""
     before = processes.workers()
     executor = make_executor(database.make_engine, 2, FORK)
     with (
@@ -197,9 +197,12 @@ def test_fork_with_an_empty_sqlite_file_open_is_refused(
 ) -> None:
     """A file without a header is known by its connection."""
     executor = make_executor(sqlite_database.make_engine, 1, FORK)
-    with engine_of(f"sqlite:///{tmp_path / 'empty.db'}") as engine, engine.connect():  # noqa: SIM117
-        with pytest.raises(OpenConnectionsError, match=r"empty\.db"):
-            executor.submit(jobs.insert_item, "worker")
+    with (
+        engine_of(f"sqlite:///{tmp_path / 'empty.db'}") as engine,
+        engine.connect(),
+        pytest.raises(OpenConnectionsError, match=r"empty\.db"),
+    ):
+        executor.submit(jobs.insert_item, "worker")
     executor.submit(jobs.insert_item, "worker").result(LONGEST)
 
 
@@ -427,11 +430,11 @@ def test_idle_connections_of_a_loop_that_is_closed_are_closed(
     caplog.set_level(logging.CRITICAL, "sqlalchemy.pool")
     engine = asynchronous(database)
 
-    async def main() -> None:
-        async with engine.connect() as connection:  # noqa: F821 - deleted below
+    async def main(engine: AsyncEngine) -> None:
+        async with engine.connect() as connection:
             await connection.execute(text("SELECT 1"))
 
-    asyncio.run(main())
+    asyncio.run(main(engine))
     assert database.sessions() == 1
     executor = make_executor(database.make_engine, 1, FORK)
     executor.submit(jobs.add, 1, 1).result(LONGEST)
