@@ -94,6 +94,19 @@ class Alarm:
                 self._may_interrupt = True
                 self._changed.notify()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keep JobInterrupt out of the block; it is raised again and again after it."""
+        # In other threads it is not raised, and what they put back would be too old.
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        might, self._may_interrupt = self._may_interrupt, False
+        try:
+            yield
+        finally:
+            self._may_interrupt = might
+
     def _start(self, seconds: float) -> None:
         if self._thread is None and _SIGNAL is not None:
             signal.signal(_SIGNAL, self._interrupt)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from multiprocessing.context import BaseContext
 from multiprocessing.reduction import ForkingPickler
@@ -15,7 +16,7 @@ from typing import Any
 
 from sqlalchemy import URL, Engine, create_engine, make_url
 
-from ._boundary import dumps_call
+from ._boundary import by_value_pickler, dumps_call, is_interactive, with_code
 from ._places import asyncio_classes, full_name
 from .errors import NotPlainError
 
@@ -69,7 +70,7 @@ def check_pickles(name: str, value: object) -> None:
         TypeError: It does not pickle.
     """
     try:
-        ForkingPickler.dumps(value)
+        with_code(value, ForkingPickler.dumps)
     except RuntimeError:
         # multiprocessing's locks and queues pickle only while a process is started.
         return
@@ -77,11 +78,32 @@ def check_pickles(name: str, value: object) -> None:
         raise TypeError(
             f"{name} is a {full_name(type(value))} that does not pickle and so cannot "
             f"be sent to a worker ({exc}); "
-            f"{_FORMS if name == 'engine_factory' else _TOP_LEVEL}"
+            f"{_PICKLES if name == 'engine_factory' else _TOP_LEVEL}"
         ) from exc
 
 
-_TOP_LEVEL = "define it at the top level of a module that the worker can import"
+_PICKLES = f"{_FORMS}\n\nor install dbpool-executor[cloudpickle]"
+_TOP_LEVEL = (
+    "define it at the top level of a module that the worker can import, or install "
+    "dbpool-executor[cloudpickle]"
+)
+
+
+def check_reachable(name: str, value: object) -> None:
+    """Refuse what workers would look for in a main module that they cannot import.
+
+    Raises:
+        TypeError: It is a function or class of a notebook, of the prompt or of
+            ``python -c``, and cloudpickle is not installed.
+    """
+    if by_value_pickler(calls=True) is not None or not is_interactive():
+        return
+    with suppress(RuntimeError):  # as in check_pickles()
+        if b"__main__" in bytes(ForkingPickler.dumps(value)):
+            raise TypeError(
+                f"{name} is made of something that is defined in a main module which "
+                f"workers cannot import; {_TOP_LEVEL}"
+            )
 
 
 def check_session_options(options: Mapping[str, Any]) -> dict[str, Any]:

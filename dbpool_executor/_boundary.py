@@ -6,8 +6,10 @@ here either gives bytes that are known to be plain or says what is not, and wher
 
 from __future__ import annotations
 
+import functools
 import io
 import pickle
+import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -26,6 +28,12 @@ from .errors import NotPlainError, Outcome
 
 Buffer = bytes | bytearray | memoryview
 """One piece of a message."""
+
+WITH_CODE = (
+    "and functions that workers can import; for lambdas, notebooks and the prompt "
+    "install dbpool-executor[cloudpickle]"
+)
+"""What to add where a function or class could not cross."""
 
 _PROTOCOL = 5  # the first with out-of-band buffers (PEP 574)
 
@@ -122,10 +130,82 @@ class BoundaryPickler(pickle.Pickler):
         return NotImplemented if reduce is None else reduce(obj)
 
 
+@functools.cache
+def by_value_pickler(*, calls: bool) -> Callable[..., pickle.Pickler] | None:
+    """Give the pickler that sends functions and classes along with their code.
+
+    Args:
+        calls: Whether for calls, whose functions may mean the job's session by a
+            global name.
+
+    Returns:
+        It; None without the extra ``cloudpickle``.
+    """
+    try:
+        import cloudpickle
+    except ImportError:
+        return None
+
+    class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
+        def reducer_override(self, obj: object) -> Any:
+            front_door = sys.modules[__package__]
+            if calls and obj is vars(front_door).get("session"):
+                return getattr, (front_door, "session")
+            reduced = BoundaryPickler.reducer_override(self, obj)
+            if reduced is not NotImplemented:
+                return reduced
+            return super().reducer_override(obj)
+
+    return ByValuePickler
+
+
+def is_interactive() -> bool:
+    """Say whether no other process can import this one's main module.
+
+    So it is in a notebook, at the prompt, and in ``python -c``.
+    """
+    return not hasattr(sys.modules.get("__main__"), "__file__")
+
+
+def with_code(value: object, dumps: Callable[[object], Any]) -> bytes:
+    """Pickle a value, with the code of what the other process could not import.
+
+    Args:
+        value: The value, often a call.
+        dumps: Pickles it without any code.
+
+    Raises:
+        RefusedError: Holds the value that is not plain.
+        Exception: Whatever ``dumps`` raises.
+    """
+    failed: Exception | None = None
+    # At the prompt it would pickle by its name, and not be found by that in a worker.
+    if not is_interactive():
+        try:
+            return bytes(dumps(value))
+        except RefusedError:
+            raise
+        except Exception as exc:
+            failed = exc
+    pickler = by_value_pickler(calls=True)
+    if pickler is None:
+        if failed is not None:
+            raise failed
+        return bytes(dumps(value))
+    try:
+        return pickled(value, pickler=pickler)
+    except RefusedError:
+        raise
+    except Exception:
+        if failed is None:
+            raise
+        raise failed from None
+
+
 def pickled(
     value: object,
     buffers: list[pickle.PickleBuffer] | None = None,
-    pickler: Callable[..., BoundaryPickler] = BoundaryPickler,
+    pickler: Callable[..., pickle.Pickler] = BoundaryPickler,
 ) -> bytes:
     """Pickle a plain value.
 
@@ -140,7 +220,7 @@ def pickled(
     """
     out = io.BytesIO()
     callback = None if buffers is None else buffers.append
-    pickler(out, _PROTOCOL, True, callback).dump(value)
+    pickler(out, _PROTOCOL, buffer_callback=callback).dump(value)
     return out.getvalue()
 
 
@@ -164,7 +244,7 @@ def dumps_call(
         Exception: Whatever the pickling of an argument raises.
     """
     try:
-        return pickled((fn, args, kwargs))
+        return with_code((fn, args, kwargs), pickled)
     except RefusedError as refused:
         roots = {"fn": fn, "args": args, "kwargs": kwargs}
         raise _not_plain(refused.args[0], roots, Outcome.NEVER_STARTED) from None
@@ -201,7 +281,9 @@ def dumps_result(value: object) -> list[Buffer]:
     """
     buffers: list[pickle.PickleBuffer] = []
     try:
-        body = pickled(value, buffers)
+        # In a notebook, classes that its jobs return are known to nobody by their name.
+        pickler = by_value_pickler(calls=False) if is_interactive() else None
+        body = pickled(value, buffers, pickler or BoundaryPickler)
         return [body, *(buffer.raw() for buffer in buffers)]
     except RefusedError as refused:
         roots = {"result": value}
@@ -245,6 +327,7 @@ def _note_culprit(error: Exception, roots: Mapping[str, object]) -> None:
             error.add_note(
                 f"{place} is a {full_name(type(value))}, which does not pickle; only "
                 "plain values cross between processes"
+                + (f", {WITH_CODE}" if hasattr(value, "__qualname__") else "")
             )
 
 

@@ -40,6 +40,7 @@ class Kind(enum.IntEnum):
     RETURNED = 5  # worker to parent: the first job not yet answered was not begun
     NOTE = 6  # worker to parent: a text for the parent's log
     START_FAILURE = 7  # worker to parent: the factory or the initializer raised
+    LOG = 8  # worker to parent: a record for the parent's log handlers
 
 
 class Message(NamedTuple):
@@ -190,6 +191,19 @@ class Channel:
             return []
         self._large = None
         return [Message(large.kind, large.parts)]
+
+
+class SharedChannel(Channel):
+    """A channel that several threads send on."""
+
+    def __init__(self, end: socket.socket) -> None:
+        super().__init__(end)
+        self._sending = threading.Lock()  # from the first byte of a message to its last
+
+    def send(self, *messages: Message) -> bool:
+        """Send messages, as :meth:`Channel.send` does; one thread at a time."""
+        with self._sending:
+            return super().send(*messages)
 
 
 class _LargeMessage:

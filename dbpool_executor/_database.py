@@ -83,6 +83,10 @@ class Database:
         session_options: Keyword arguments for ``sessionmaker``.
         record: Where the phase of the running job is noted.
 
+    Attributes:
+        engine: The worker's engine.
+        alarm: The time limit of the running job.
+
     Raises:
         TypeError: The factory returned something other than an Engine.
         RuntimeError: The factory returned an engine with another process's connections.
@@ -110,8 +114,8 @@ class Database:
         self.engine = engine
         self._sessions = sessionmaker(**{"bind": engine, **session_options})
         self._record = record
-        self._alarm = Alarm(self.cancel_statements)
-        self._commits = CommitWatch(engine, record, self._alarm)
+        self.alarm = Alarm(self.cancel_statements)
+        self._commits = CommitWatch(engine, record, self.alarm)
         event.listen(self._sessions, "after_commit", self._commits.after_commit)
         event.listen(engine, "connect", _drivers.note_thread_id)
         if engine.dialect.name == "sqlite":
@@ -143,7 +147,7 @@ class Database:
         try:
             if options.timeout is None:
                 return self._run(job)
-            with self._alarm.set(options.timeout):
+            with self.alarm.set(options.timeout):
                 return self._run(job)
         except JobInterrupt as exc:
             # Its statement may be cancelled a moment too late, and then hit the next
@@ -239,7 +243,7 @@ class Database:
         self._commits.end_job()
         if commits:
             self._commit()
-        self._alarm.begin_commit()
+        self.alarm.begin_commit()
         if options.commit and not self._commits.by_the_job:
             self._record.advance(Phase.COMMITTED)
         return parts

@@ -27,6 +27,7 @@ from ._endings import Ending, resolved_error
 from ._exit import at_exit
 from ._job import Answer, Job, JobFuture
 from ._local import LocalWorker
+from ._logs import handle_record
 from ._stats import Stats
 from ._worker import outcome_of_transaction
 from ._workers import Worker, Workers
@@ -307,6 +308,8 @@ class Dispatcher:
                     self._workers.note_ready(worker)
                 elif kind is Kind.NOTE:
                     self._workers.take_note(bytes(message.parts[0]).decode())
+                elif kind is Kind.LOG:
+                    handle_record(message.parts[0])
                 elif kind is Kind.START_FAILURE:
                     worker.start_failure = message.parts
                 elif kind is Kind.RETURNED:

@@ -96,10 +96,13 @@ class _ExceptionPickler(BoundaryPickler):
     Args:
         known: By ``id()``, how each exception is pickled that was met, and itself.
         *args: As for ``pickle.Pickler``.
+        **options: The same.
     """
 
-    def __init__(self, known: dict[int, tuple[BaseException, Any]], *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(
+        self, known: dict[int, tuple[BaseException, Any]], *args: Any, **options: Any
+    ) -> None:
+        super().__init__(*args, **options)
         self._known = known
 
     def reducer_override(self, obj: object) -> Any:

@@ -29,6 +29,7 @@ from ._arguments import (
     check_context,
     check_count,
     check_pickles,
+    check_reachable,
     check_session_options,
     default_context,
     default_max_workers,
@@ -38,6 +39,7 @@ from ._boundary import dumps_call
 from ._dispatcher import Dispatcher
 from ._job import Job, JobFuture
 from ._local import LocalWorker
+from ._logs import levels_set
 from ._options import DEFAULTS, JobOptions, dumps_options
 from ._parent import AnyEngine, engines_of, prepare
 from ._results import ChunkResults, Results
@@ -214,6 +216,14 @@ class DBPoolExecutor(_JobExecutor):
         parent_engine: An Engine or AsyncEngine that this process itself uses, or
             several; its idle connections are closed before the first worker starts.
         session_options: Keyword arguments for the ``sessionmaker`` of each worker.
+        finalizer: Called in each worker, as a transaction of its own, after its last
+            job and before its engine is disposed. Not in a worker that is killed.
+        finalargs: Its positional arguments.
+        forward_logs: Whether log records of workers, and their warnings, go to the
+            handlers of this process instead of the workers' own, at the levels that
+            are set here now; False by default. Records of a job are handled before
+            its future is done. The handlers are called in the executor's own thread,
+            so they must not wait for a job.
         timeout: Default for the jobs' ``timeout``, see :meth:`options`.
         retries: Default for the jobs' ``retries``, see :meth:`options`.
 
@@ -234,6 +244,9 @@ class DBPoolExecutor(_JobExecutor):
         max_tasks_per_child: int | None = None,
         parent_engine: AnyEngine | Iterable[AnyEngine] | None = None,
         session_options: Mapping[str, Any] | None = None,
+        finalizer: Callable[..., object] | None = None,
+        finalargs: tuple[Any, ...] = (),
+        forward_logs: bool = False,
         timeout: float | None = None,
         retries: int = 0,
     ) -> None:
@@ -243,18 +256,31 @@ class DBPoolExecutor(_JobExecutor):
         check_count("max_workers", max_workers)
         if max_tasks_per_child is not None:
             check_count("max_tasks_per_child", max_tasks_per_child)
-        if initializer is not None and not callable(initializer):
-            raise TypeError("initializer must be a callable")
+        for name, call in (("initializer", initializer), ("finalizer", finalizer)):
+            if call is not None and not callable(call):
+                raise TypeError(f"{name} must be a callable")
         context = default_context() if mp_context is None else check_context(mp_context)
         start_method = context.get_start_method()
         forks = start_method == "fork"
         sessions = check_session_options(session_options or {})
         if not forks:
-            check_pickles("initializer", initializer)
-            check_pickles("initargs", tuple(initargs))
-            check_pickles("session_options", sessions)
+            check_reachable("engine_factory", factory)
+            for name, value in (
+                ("session_options", sessions),
+                ("initializer", initializer),
+                ("initargs", tuple(initargs)),
+                ("finalizer", finalizer),
+                ("finalargs", tuple(finalargs)),
+            ):
+                check_pickles(name, value)
+                check_reachable(name, value)
         setup = WorkerSetup(
-            factory, sessions, initializer, tuple(initargs), max_workers
+            factory,
+            sessions,
+            None if initializer is None else partial(initializer, *initargs),
+            None if finalizer is None else partial(finalizer, *finalargs),
+            max_workers,
+            levels_set() if forward_logs else None,
         )
         self._options = DEFAULTS.with_(timeout=timeout, retries=retries)
         self._max_workers = max_workers
@@ -337,7 +363,7 @@ class DBPoolExecutor(_JobExecutor):
     def __repr__(self) -> str:
         counts = self._dispatcher.stats()._asdict().items()
         return (
-            f"<DBPoolExecutor {self._dispatcher.health()}, "
+            f"<{type(self).__name__} {self._dispatcher.health()}, "
             f"max_workers={self._max_workers}, "
             f"{', '.join(f'{name}={count}' for name, count in counts if count)}>"
         ).replace(", >", ">")

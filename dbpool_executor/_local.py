@@ -18,6 +18,7 @@ from ._parent import prepare_fork
 from ._phase import WORDS, PhaseRecord, Progress
 from ._worker import SentSetup, WorkerSetup, begin, main
 
+_NAME = "DBPoolWorker"
 _END_GRACE = 1.0  # seconds for a process to end after its channel has
 
 
@@ -53,7 +54,7 @@ class LocalWorker:
             target=main,
             # What is pickled gets it with its name, and sooner.
             args=(theirs if forks else None, words, SentSetup(setup)),
-            name=_FirstName("DBPoolWorker", theirs),
+            name=_NAME if forks else _FirstName(_NAME, theirs),
         )
         try:
             with theirs, kept_by_child(theirs), thorough(), _sigint_blocked():

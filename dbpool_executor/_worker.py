@@ -25,11 +25,12 @@ from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import Engine
 
-from ._boundary import loads_call
-from ._channel import Channel, Kind, Message, own_end
+from ._boundary import WITH_CODE, loads_call, with_code
+from ._channel import Channel, Kind, Message, SharedChannel, own_end
 from ._database import Database, current_engine
 from ._exceptions import dumps_exception, set_cause
 from ._inheritance import bury_inherited
+from ._logs import Forwarder, Levels
 from ._notes import notes_on, watch_limit
 from ._options import loads_options
 from ._phase import PhaseRecord
@@ -50,9 +51,10 @@ class WorkerSetup(NamedTuple):
 
     engine_factory: Callable[[], Engine]
     session_options: Mapping[str, Any]
-    initializer: Callable[..., object] | None
-    initargs: tuple[Any, ...]
+    initializer: Callable[[], object] | None
+    finalizer: Callable[[], object] | None
     max_workers: int
+    log_levels: Levels | None  # None if log records stay in the worker
 
 
 class SentSetup:
@@ -68,7 +70,7 @@ class SentSetup:
         self._setup = setup
 
     def __reduce__(self) -> tuple[type[SentSetup], tuple[bytes]]:
-        return SentSetup, (bytes(ForkingPickler.dumps(self._setup)),)
+        return SentSetup, (with_code(self._setup, ForkingPickler.dumps),)
 
     def load(self) -> WorkerSetup:
         """Give the setup.
@@ -99,7 +101,7 @@ def main(
     sys.excepthook = sys.__excepthook__
     end = end or _begun
     own_end(end)
-    channel = Channel(end)
+    channel = SharedChannel(end)
     tell = partial(_tell, channel)
     for note in bury_inherited():
         tell(note)
@@ -109,11 +111,17 @@ def main(
     try:
         try:
             setup = sent.load()
+            forwarder = None
+            if setup.log_levels is not None:
+                forwarder = Forwarder(partial(_send_record, channel))
+                forwarder.take_over(setup.log_levels)
             database = Database(setup.engine_factory, setup.session_options, record)
             databases.append(database)
+            if forwarder is not None:
+                forwarder.uninterrupted = database.alarm.paused
             watch_limit(database.engine, setup.max_workers, tell)
             if setup.initializer is not None:
-                database.run(partial(_initialize, setup.initializer, setup.initargs))
+                database.run(partial(_call_only, setup.initializer))
             for note in notes_on(database.engine):
                 tell(note)
         except BaseException as exc:
@@ -121,6 +129,8 @@ def main(
             return
         channel.send(Message(Kind.READY))
         _serve(channel, database, record)
+        if setup.finalizer is not None:
+            _finalize(database, setup.finalizer, tell)
     finally:
         for database in databases:
             with suppress(Exception):
@@ -164,8 +174,17 @@ def outcome_of_transaction(xid: int) -> Outcome:
     return outcome_of(current_engine(), xid)
 
 
-def _initialize(initializer: Callable[..., object], initargs: tuple[Any, ...]) -> None:
-    initializer(*initargs)
+def _call_only(call: Callable[[], object]) -> None:
+    call()  # what it returns need not be plain
+
+
+def _finalize(
+    database: Database, finalizer: Callable[[], object], tell: Callable[[str], None]
+) -> None:
+    try:
+        database.run(partial(_call_only, finalizer))
+    except Exception as exc:
+        tell(f"the finalizer of a worker raised {exc!r}; it was rolled back")
 
 
 def _serve(channel: Channel, database: Database, record: PhaseRecord) -> None:
@@ -193,7 +212,10 @@ def _run(database: Database, job: Message) -> Message:
     try:
         fn, args, kwargs = loads_call(call)
     except BaseException as exc:
-        error = ArgumentsLostError(f"{full_name(type(exc))}: {exc}")
+        what = f"{full_name(type(exc))}: {exc}"
+        if isinstance(exc, AttributeError) and "__main__" in what:
+            what += f" (only plain values cross between processes, {WITH_CODE})"
+        error = ArgumentsLostError(what)
         set_cause(error, exc)
         return Message(Kind.FAILURE, dumps_exception(error))
     options = loads_options(*map(bytes, encoded))
@@ -232,6 +254,10 @@ def _call(
 
 def _tell(channel: Channel, text: str) -> None:
     channel.send(Message(Kind.NOTE, [text.encode()]))
+
+
+def _send_record(channel: Channel, data: bytes) -> None:
+    channel.send(Message(Kind.LOG, [data]))
 
 
 def _follow_parent(end: socket.socket, databases: Sequence[Database]) -> None:

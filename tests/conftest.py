@@ -16,7 +16,7 @@ from sqlalchemy import URL
 import processes
 import servers
 import tls
-from dbpool_executor import DBPoolExecutor
+from dbpool_executor import DBPoolExecutor, _arguments, _boundary
 from processes import MakeExecutor
 from servers import Database
 from waiting import LONGEST, Gate
@@ -27,6 +27,13 @@ from warm import Interpreter
 multiprocessing.set_forkserver_preload(
     ["dbpool_executor._worker", "models", "psycopg", "psycopg2", "pymysql", "MySQLdb"]
 )
+
+
+@pytest.fixture(autouse=True)
+def without_cloudpickle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tested is the package alone; ``test_with_code`` tests the extra."""
+    for module in (_boundary, _arguments):
+        monkeypatch.setattr(module, "by_value_pickler", lambda **_: None)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import dbpool_executor
 
-_FOLDERS = (Path(__file__).parent, Path(dbpool_executor.__file__).parent.parent)
+FOLDERS = (Path(__file__).parent, Path(dbpool_executor.__file__).parent.parent)
 
 
 @contextlib.contextmanager
@@ -35,7 +35,7 @@ def running(script: Path, text: str) -> Iterator[subprocess.Popen[str]]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, _FOLDERS))},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, FOLDERS))},
     )
     with program:
         try:

@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_boundary": {"_places", "errors"},
     "_channel": {"_boundary"},
     "_exceptions": {"_boundary", "_places", "errors"},
+    "_logs": {"_boundary"},
     # Workers.
     "_alarm": set(),
     "_drivers": {"_inheritance"},
@@ -42,8 +43,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "_phase", "_places", "_resolution", "errors",
     },
     "_worker": {
-        "_boundary", "_channel", "_database", "_exceptions", "_inheritance", "_notes",
-        "_options", "_phase", "_places", "_resolution", "errors",
+        "_boundary", "_channel", "_database", "_exceptions", "_inheritance", "_logs",
+        "_notes", "_options", "_phase", "_places", "_resolution", "errors",
     },
     # The parent.
     "_exit": set(),
@@ -61,18 +62,31 @@ MAY_IMPORT: dict[str, set[str]] = {
         "_rules", "errors",
     },
     "_dispatcher": {
-        "_boundary", "_channel", "_endings", "_exit", "_job", "_local", "_rules",
-        "_stats", "_worker", "_workers", "errors",
+        "_boundary", "_channel", "_endings", "_exit", "_job", "_local", "_logs",
+        "_rules", "_stats", "_worker", "_workers", "errors",
     },
     "_executor": {
-        "_arguments", "_boundary", "_dispatcher", "_job", "_local", "_options",
-        "_parent", "_results", "_stats", "_worker",
+        "_arguments", "_boundary", "_dispatcher", "_job", "_local", "_logs",
+        "_options", "_parent", "_results", "_stats", "_worker",
+    },
+    "testing": {
+        "_arguments", "_channel", "_database", "_dispatcher", "_drivers", "_exceptions",
+        "_executor", "_inheritance", "_job", "_options", "_parent", "_phase", "_worker",
+        "errors",
     },
     # The front door, and what comes through it.
     "__init__": {"_database", "_executor", "_inheritance", "_stats", "errors"},
     "_demo_jobs": {"__init__"},
     "_demo": {"__init__", "_demo_jobs"},
-    "__main__": {"__init__", "_demo"},
+    "_telling": set(),
+    "_check_rules": set(),
+    "_check_jobs": {"__init__", "_check_rules", "_inheritance", "_notes", "_telling"},
+    "_check_measures": {"__init__", "_check_jobs"},
+    "_check": {
+        "__init__", "_arguments", "_check_jobs", "_check_measures", "_check_rules",
+        "_telling",
+    },
+    "__main__": {"__init__", "_check", "_demo", "_telling"},
 }  # fmt: skip
 
 WHERE = re.compile(
@@ -178,28 +192,40 @@ def test_modules_of_workers_say_so() -> None:
         assert where_runs(module) == "the parent"
 
 
-def test_front_door_is_a_list_of_names() -> None:
-    """Its first screen shows the whole vocabulary, and nothing else."""
-    docstring, *rest = TREES["__init__"].body
-    assert isinstance(docstring, ast.Expr)
-    assert isinstance(docstring.value, ast.Constant)
-    *imports, names = rest
-    assert all(isinstance(node, ast.ImportFrom) for node in imports)
-    assert isinstance(names, ast.Assign)
-    assert ast.unparse(names.targets[0]) == "__all__"
-    assert isinstance(names.value, ast.List)
-    assert len((PACKAGE / "__init__.py").read_text().splitlines()) < 60
-
-
-def test_front_door_imports_what_it_lists() -> None:
-    """Every name that is imported there is public, and every public name is there."""
-    found = {
+def test_front_door_lists_the_names_and_brings_each() -> None:
+    """What a type checker reads there, what is public and what is given are the same."""
+    listed = {
         alias.asname or alias.name
         for node in TREES["__init__"].body
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
+        if isinstance(node, ast.If)
+        for imports in node.body
+        if isinstance(imports, ast.ImportFrom)
+        for alias in imports.names
     }
-    assert found == set(dbpool_executor.__all__)
+    assert listed == {*dbpool_executor.__all__, "errors"}
+    assert listed <= set(dir(dbpool_executor))
+    for name in listed:
+        assert getattr(dbpool_executor, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Pool'"):
+        _ = dbpool_executor.Pool
+
+
+def test_import_of_the_package_loads_its_hooks_alone() -> None:
+    """A worker's job that imports the session loads nothing of the parent's."""
+    program = (
+        "import sys, dbpool_executor\n"
+        "def loaded(): return sorted(n.partition('.')[2] for n in sys.modules\n"
+        "                            if n.startswith('dbpool_executor.'))\n"
+        "print(*loaded())\n"
+        "from dbpool_executor import session\n"
+        "print(*loaded())"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert output[0].split() == ["_inheritance"]
+    assert "_database" in output[1].split()
+    assert not {"_dispatcher", "_executor", "_local"} & set(output[1].split())
 
 
 def test_public_modules_are_few() -> None:

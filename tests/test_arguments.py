@@ -243,10 +243,11 @@ def test_what_is_no_context_is_refused(value: Any) -> None:
 
 
 @pytest.mark.parametrize("value", [5, "jobs.note", ()])
-def test_initializer_that_cannot_be_called_is_refused(value: Any) -> None:
+@pytest.mark.parametrize("name", ["initializer", "finalizer"])
+def test_initializer_that_cannot_be_called_is_refused(name: str, value: Any) -> None:
     """With the words of the standard pool."""
-    with pytest.raises(TypeError, match="initializer must be a callable"):
-        DBPoolExecutor(make_engine, initializer=value)
+    with pytest.raises(TypeError, match=f"{name} must be a callable"):
+        DBPoolExecutor(make_engine, **{name: value})
 
 
 @pytest.mark.parametrize("method", ["forkserver", "spawn"])
@@ -257,9 +258,11 @@ def test_setup_that_does_not_pickle_is_refused(method: str) -> None:
         ("initializer", lambda: None),
         ("session_options", {"info": {"key": lambda: None}}),
         ("initargs", (lambda: None,)),
+        ("finalizer", lambda: None),
+        ("finalargs", (lambda: None,)),
     ]
     for name, value in arguments:
-        options = {"initializer": print, name: value}
+        options = {"initializer": print, "finalizer": print, name: value}
         with pytest.raises(TypeError, match=f"^{name} ") as caught:
             DBPoolExecutor(make_engine, 1, context, **options)
         assert "does not pickle" in str(caught.value)

@@ -153,6 +153,43 @@ def test_initializer_leaves_nothing_in_the_first_jobs_session(
     assert sqlite_database.names() == {"a", "a pending"}
 
 
+def test_finalizer_ends_each_worker_as_a_transaction(
+    database: Database, context: BaseContext, make_executor: MakeExecutor
+) -> None:
+    """It runs after the last job, also of a worker that has done as many as it may."""
+    executor = make_executor(
+        database.make_engine,
+        1,
+        context,
+        max_tasks_per_child=1,
+        finalizer=jobs.insert_own_item,
+        finalargs=("end of",),
+    )
+    workers = [executor.submit(jobs.pid).result(LONGEST) for _ in range(2)]
+    executor.shutdown()
+    assert database.names() == {f"end of {pid}" for pid in workers}
+
+
+def test_finalizer_that_raises_is_rolled_back_and_told(
+    sqlite_database: Database,
+    make_executor: MakeExecutor,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It costs no job its result, and no worker its end."""
+    executor = make_executor(
+        sqlite_database.make_engine,
+        1,
+        finalizer=jobs.insert_and_raise,
+        finalargs=("lost", ValueError("no more")),
+    )
+    executor.submit(jobs.insert_item, "kept").result(LONGEST)
+    executor.shutdown()
+    assert sqlite_database.names() == {"kept"}
+    told = [record.getMessage() for record in caplog.records]
+    assert [text for text in told if "finalizer" in text and "no more" in text]
+    assert executor.stats().died == 0
+
+
 def test_session_options_reach_the_session(
     sqlite_database: Database, context: BaseContext, make_executor: MakeExecutor
 ) -> None:
