@@ -78,8 +78,14 @@ class CommitWatch:
         event.listen(engine, "begin", self._before_begin)
         event.listen(engine, "engine_connect", self._note_autocommit)
         event.listen(engine, "set_connection_execution_options", self._note_options)
-        event.listen(engine, "before_cursor_execute", self._note_statement)
+        self._may_abort = engine.dialect.name == "postgresql"
+        self._words = _COMMITS
+        if engine.dialect.name == "sqlite":
+            event.listen(engine, "before_cursor_execute", self._note_on_sqlite)
+        else:
+            event.listen(engine, "before_cursor_execute", self._note_statement)
         if engine.dialect.name in ("mysql", "mariadb"):
+            self._words = _COMMITS_ON_MYSQL
             event.listen(engine, "handle_error", self._note_undone)
             event.listen(engine, "rollback", self._forget_undone)
             event.listen(engine, "rollback_savepoint", self._forget_undone)
@@ -97,11 +103,11 @@ class CommitWatch:
     def _before_commit(self, connection: Connection, *_twophase: object) -> None:
         self._committing = connection.connection.dbapi_connection
         try:
-            if _drivers.is_aborted(connection):
+            if self._may_abort and _drivers.is_aborted(connection):
                 raise TransactionAbortedError(
                     "a database error aborted the transaction"
                 )
-            if connection in self._undone:
+            if self._undone and connection in self._undone:
                 raise TransactionAbortedError(self._undone[connection])
             self._alarm.begin_commit()
         except BaseException:
@@ -144,9 +150,15 @@ class CommitWatch:
             self._note_commit()
 
     def _note_statement(
+        self, _connection: object, _cursor: object, statement: str, *_rest: object
+    ) -> None:
+        if _begins(self._words, statement):
+            self._note_commit()
+
+    def _note_on_sqlite(
         self, connection: Connection, _cursor: object, statement: str, *_rest: object
     ) -> None:
-        if _commits_by_itself(connection, statement):
+        if _commits_on_sqlite(connection, statement):
             self._note_commit()
 
     def _note_undone(self, context: ExceptionContext) -> None:
@@ -163,15 +175,6 @@ class CommitWatch:
         # A savepoint does not outlive a deadlock.
         if not savepoint or self._undone.get(connection) == _ONE_STATEMENT:
             self._undone.pop(connection, None)
-
-
-def _commits_by_itself(connection: Connection, statement: str) -> bool:
-    match connection.dialect.name:
-        case "sqlite":
-            return _commits_on_sqlite(connection, statement)
-        case "mysql" | "mariadb":
-            return _begins(_COMMITS_ON_MYSQL, statement)
-    return _begins(_COMMITS, statement)
 
 
 def _commits_on_sqlite(connection: Connection, statement: str) -> bool:
