@@ -98,7 +98,7 @@ class OpenConnectionsError(DBPoolError, RuntimeError):
         held: What is open, one text for each engine or file.
     """
 
-    outcome = Outcome.NEVER_STARTED
+    outcome: Outcome | None = Outcome.NEVER_STARTED
 
     def __init__(self, held: tuple[str, ...]) -> None:
         super().__init__(held)
@@ -217,7 +217,7 @@ class ResolveNotSupportedError(DBPoolError, ValueError):
         dialect: SQLAlchemy's name of the database.
     """
 
-    outcome = Outcome.NEVER_STARTED
+    outcome: Outcome | None = Outcome.NEVER_STARTED
 
     def __init__(self, dialect: str) -> None:
         super().__init__(dialect)
@@ -266,7 +266,7 @@ class ArgumentsLostError(DBPoolError, BrokenProcessPool):
         text: The error of the unpickling.
     """
 
-    outcome = Outcome.NEVER_STARTED
+    outcome: Outcome | None = Outcome.NEVER_STARTED
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -312,7 +312,7 @@ class OutcomeUnknownError(DBPoolError, BrokenProcessPool):
         text: What ended the contact.
     """
 
-    outcome = Outcome.UNKNOWN
+    outcome: Outcome | None = Outcome.UNKNOWN
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -372,7 +372,7 @@ class WorkerStartError(DBPoolError, BrokenProcessPool):
         attempts: How many workers in a row failed to start.
     """
 
-    outcome = Outcome.NEVER_STARTED
+    outcome: Outcome | None = Outcome.NEVER_STARTED
 
     def __init__(self, text: str, attempts: int) -> None:
         super().__init__(text, attempts)
