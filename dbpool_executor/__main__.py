@@ -1,4 +1,4 @@
-"""The command line: ``python -m dbpool_executor demo``.
+"""The command line: ``python -m dbpool_executor demo`` and ``... check``.
 
 Runs in the parent. A worker that was spawned imports this module too, and does nothing
 with it.
@@ -13,12 +13,15 @@ import os
 import sys
 import sysconfig
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 from sqlalchemy import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from . import DBPoolError
+from ._telling import told_of
 
 
 class UsageError(Exception):
@@ -35,12 +38,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status.
     """
     options = _parser().parse_args(arguments)
+    logging.disable()  # what matters is told below, in one line
+    status: int = options.command(options)
+    return status
+
+
+def _demo(options: argparse.Namespace) -> int:
     from ._demo import DemoError, Options, run
 
-    logging.disable()  # what matters is told below, in one line
     url = None
     try:
-        url = None if options.url is None else _checked(options.url)
+        if options.url is not None:
+            url = _checked(options.url)
+            _refuse_in_memory(url)
         run(
             Options(
                 url=url,
@@ -57,14 +67,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {exc}", file=sys.stderr)
         return 1
     except (SQLAlchemyError, DBPoolError, ModuleNotFoundError) as exc:
-        print(f"error: {_told_of(exc, url)}", file=sys.stderr)
+        text = told_of(exc, url)
+        if isinstance(exc, ModuleNotFoundError):
+            text += "; install the driver that the URL names"
+        if url is not None:
+            text = f"{url.get_backend_name()}: {text}"
+        print(f"error: {text}", file=sys.stderr)
         return 1
     return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from ._check import Options, run
+
+    url = problem = None
+    if options.url is not None:
+        try:
+            url = _checked(options.url)
+        except UsageError as exc:
+            problem = str(exc)
+    try:
+        is_well = run(
+            Options(
+                url=url,
+                factory=options.factory,
+                problem=problem,
+                workers=options.workers,
+                start_method=options.start_method,
+                as_json=options.json,
+            ),
+            partial(print, flush=True),
+        )
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0 if is_well else 1
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m dbpool_executor")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_demo(commands)
+    _add_check(commands)
+    return parser
+
+
+_Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def _add_demo(commands: _Commands) -> None:
     demo = commands.add_parser(
         "demo",
         help="index the Python standard library, with many workers and with one",
@@ -78,18 +129,7 @@ def _parser() -> argparse.ArgumentParser:
         "tables dbpool_demo_* are replaced (default: a SQLite file in a temporary "
         "folder)",
     )
-    demo.add_argument(
-        "--workers",
-        type=_count,
-        default=os.cpu_count() or 1,
-        metavar="N",
-        help="number of worker processes (default: one for each processor)",
-    )
-    demo.add_argument(
-        "--start-method",
-        choices=multiprocessing.get_all_start_methods(),
-        help="how workers are started (default: the executor's own choice)",
-    )
+    _add_workers(demo)
     demo.add_argument(
         "--keep",
         action="store_true",
@@ -102,7 +142,54 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder to index instead of the standard library",
     )
-    return parser
+    demo.set_defaults(command=_demo)
+
+
+def _add_check(commands: _Commands) -> None:
+    check = commands.add_parser(
+        "check",
+        help="tell before production whether it will work, and with how many workers",
+        description="Start workers on a database and say of each thing that may go "
+        "wrong whether it does: ok, warning or FAILED, and what to do. Nothing is "
+        "stored. The exit status is 1 if anything FAILED.",
+    )
+    factory = check.add_mutually_exclusive_group(required=True)
+    factory.add_argument(
+        "--url", help="the database, such as postgresql+psycopg://user@host/name"
+    )
+    factory.add_argument(
+        "--factory",
+        type=_factory,
+        metavar="MODULE:FUNCTION",
+        help="your engine factory, instead of a URL, which stands for create_engine(url)",
+    )
+    _add_workers(check)
+    check.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of lines"
+    )
+    check.set_defaults(command=_check)
+
+
+def _add_workers(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--workers",
+        type=_count,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="number of worker processes (default: one for each processor)",
+    )
+    command.add_argument(
+        "--start-method",
+        choices=multiprocessing.get_all_start_methods(),
+        help="how workers are started (default: the executor's own choice)",
+    )
+
+
+def _factory(text: str) -> str:
+    module, _, function = text.partition(":")
+    if not (module and function):
+        raise argparse.ArgumentTypeError(f"it must be MODULE:FUNCTION, not {text}")
+    return text
 
 
 def _count(text: str) -> int:
@@ -124,23 +211,12 @@ def _checked(text: str) -> URL:
         raise UsageError(f"--url is not a database's URL, such as {form}") from None
     if is_async:
         raise UsageError(f"--url names the asynchronous driver {url.drivername}")
-    if url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:"):
-        raise UsageError("--url names a database in memory, which no worker could see")
     return url
 
 
-def _told_of(exc: Exception, url: URL | None) -> str:
-    """Give an error in one line, without the password."""
-    told = exc.orig if isinstance(exc, DBAPIError) else exc
-    text = "; ".join(filter(None, map(str.strip, str(told).splitlines())))
-    if isinstance(exc, ModuleNotFoundError):
-        text += "; install the driver that the URL names"
-    if url is None:
-        return text
-    secrets = [url.password, *url.normalized_query.get("password", ())]
-    for secret in filter(None, secrets):
-        text = text.replace(secret, "***")
-    return f"{url.get_backend_name()}: {text}"
+def _refuse_in_memory(url: URL) -> None:
+    if url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:"):
+        raise UsageError("--url names a database in memory, which no worker could see")
 
 
 if __name__ == "__main__":

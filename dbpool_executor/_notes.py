@@ -14,11 +14,12 @@ from sqlalchemy.pool import QueuePool, StaticPool
 
 from ._inheritance import is_in_memory, module_level_name
 
-_ASK_FOR_LIMIT = {
+ASK_FOR_LIMIT = {
     "postgresql": "SHOW max_connections",
     "mysql": "SELECT @@max_connections",
     "mariadb": "SELECT @@max_connections",
 }
+"""How a server is asked how many connections it allows, by SQLAlchemy's dialects."""
 
 
 def notes_on(engine: Engine) -> list[str]:
@@ -57,7 +58,7 @@ def watch_limit(engine: Engine, workers: int, tell: Callable[[str], None]) -> No
         workers: How many workers there may be.
         tell: Called with a text if they may be refused.
     """
-    ask = _ASK_FOR_LIMIT.get(engine.dialect.name)
+    ask = ASK_FOR_LIMIT.get(engine.dialect.name)
     pool = engine.pool
     if ask is None or not isinstance(pool, QueuePool):
         return
