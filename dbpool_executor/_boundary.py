@@ -279,18 +279,28 @@ def dumps_result(value: object) -> list[Buffer]:
         NotPlainError: Something in the value is tied to a session or connection.
         Exception: Whatever the pickling of the value raises.
     """
-    buffers: list[pickle.PickleBuffer] = []
     try:
-        # In a notebook, classes that its jobs return are known to nobody by their name.
-        pickler = by_value_pickler(calls=False) if is_interactive() else None
-        body = pickled(value, buffers, pickler or BoundaryPickler)
-        return [body, *(buffer.raw() for buffer in buffers)]
+        return _parts_of(value)
     except RefusedError as refused:
         roots = {"result": value}
         raise _not_plain(refused.args[0], roots, Outcome.ROLLED_BACK) from None
     except Exception as exc:
         _note_culprit(exc, {"result": value})
         raise
+
+
+def _parts_of(value: object) -> list[Buffer]:
+    buffers: list[pickle.PickleBuffer] = []
+    try:
+        body = pickled(value, buffers)
+    except Exception as exc:
+        # A class of a notebook, which only its code has brought here.
+        pickler = by_value_pickler(calls=False) if "__main__" in str(exc) else None
+        if pickler is None:
+            raise
+        buffers.clear()
+        body = pickled(value, buffers, pickler)
+    return [body, *(buffer.raw() for buffer in buffers)]
 
 
 def loads_result(parts: Sequence[Buffer]) -> object:

@@ -53,7 +53,7 @@ class LocalWorker:
         self._process = context.Process(  # type: ignore[attr-defined]
             target=main,
             # What is pickled gets it with its name, and sooner.
-            args=(theirs if forks else None, words, SentSetup(setup)),
+            args=(theirs if forks else None, SentSetup((setup, words))),
             name=_NAME if forks else _FirstName(_NAME, theirs),
         )
         try:

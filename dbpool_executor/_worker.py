@@ -63,54 +63,53 @@ class SentSetup:
     Unpickled with the process, an import that fails would end it without a word.
 
     Args:
-        setup: The setup, or its pickle.
+        setup: The setup and the memory for the phase record, or their pickle. One for
+            both: shared memory that is pickled twice keeps a process from being spawned.
     """
 
-    def __init__(self, setup: WorkerSetup | bytes) -> None:
+    def __init__(self, setup: tuple[WorkerSetup, MutableSequence[int]] | bytes) -> None:
         self._setup = setup
 
     def __reduce__(self) -> tuple[type[SentSetup], tuple[bytes]]:
         return SentSetup, (with_code(self._setup, ForkingPickler.dumps),)
 
-    def load(self) -> WorkerSetup:
-        """Give the setup.
+    def load(self) -> tuple[WorkerSetup, MutableSequence[int]]:
+        """Give the setup and the memory.
 
         Raises:
             Exception: Whatever the unpickling raises.
         """
-        if isinstance(self._setup, WorkerSetup):
+        if not isinstance(self._setup, bytes):
             return self._setup
-        setup: WorkerSetup = ForkingPickler.loads(self._setup)
+        setup: tuple[WorkerSetup, MutableSequence[int]]
+        setup = ForkingPickler.loads(self._setup)
         return setup
 
 
-def main(
-    end: socket.socket | None, words: MutableSequence[int], sent: SentSetup
-) -> None:
+def main(end: socket.socket | None, sent: SentSetup) -> None:
     """Run jobs until the parent has no more of them.
 
     Args:
         end: The worker's end of its channel; None if :func:`begin` was given it.
-        words: Memory for the phase record.
         sent: What to make before the first job.
     """
     _take_over_signals()
     # Nothing of the interpreter's own end may run here: under fork and forkserver it
     # would act on what was inherited. The lowest priority is the last to run.
     Finalize(None, _leave, exitpriority=-1000)
-    sys.excepthook = sys.__excepthook__
-    end = end or _begun
+    if end is None:
+        end, sys.excepthook = _begun, sys.__excepthook__
     own_end(end)
     channel = SharedChannel(end)
     tell = partial(_tell, channel)
     for note in bury_inherited():
         tell(note)
-    record = PhaseRecord(words)
     databases: list[Database] = []  # none until it is made
     _follow_parent(end, databases)
     try:
         try:
-            setup = sent.load()
+            setup, words = sent.load()
+            record = PhaseRecord(words)
             forwarder = None
             if setup.log_levels is not None:
                 forwarder = Forwarder(partial(_send_record, channel))

@@ -375,3 +375,41 @@ def test_import_that_fails_in_workers_is_the_cause(
         assert isinstance(error, WorkerStartError)
         assert isinstance(error.__cause__, ImportError)
         assert "a worker cannot import this" in str(error.__cause__.__cause__)
+
+
+RESOURCES = """\
+import multiprocessing
+from multiprocessing.shared_memory import SharedMemory
+
+from dbpool_executor import DBPoolExecutor
+
+def begin(*given):
+    global lock, number, memory
+    lock, number, memory = given
+
+def add(amount):
+    with lock:
+        number.value += amount
+        memory.buf[0] += amount
+    return amount
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context({method!r})
+    memory = SharedMemory(create=True, size=1)
+    resources = context.Lock(), context.Value("i"), memory
+    with DBPoolExecutor({url!r}, 2, context, begin, resources) as executor:
+        print(sum(executor.map(add, range(10))))
+    print(resources[1].value, memory.buf[0])
+    memory.close()
+    memory.unlink()
+"""
+
+
+def test_resources_of_multiprocessing_reach_workers_and_are_not_complained_of(
+    sqlite_database: Database, start_method: str, tmp_path: Path
+) -> None:
+    """Locks, shared values and shared memory; the tracker of resources is silent."""
+    text = RESOURCES.format(url=str(sqlite_database.url), method=start_method)
+    with programs.running(tmp_path / "program.py", text) as program:
+        output, errors = program.communicate(timeout=60)
+    assert (program.returncode, output, errors) == (0, "45\n45 45\n", "")

@@ -24,6 +24,7 @@ from dbpool_executor import (
     current_engine,
     session,
 )
+from dbpool_executor.testing import InlineExecutor
 
 
 def make_engine() -> Engine:
@@ -54,6 +55,8 @@ def constructed(url: URL, engine: Engine, async_engine: AsyncEngine) -> None:
     DBPoolExecutor(make_engine, parent_engine=engine)
     DBPoolExecutor(make_engine, parent_engine=[engine, async_engine])
     DBPoolExecutor(make_engine, session_options={"expire_on_commit": False})
+    DBPoolExecutor(make_engine, finalizer=print, finalargs=("word",))
+    DBPoolExecutor(make_engine, forward_logs=True)
 
     DBPoolExecutor()  # type: ignore[call-arg]
     DBPoolExecutor(engine)  # type: ignore[arg-type]
@@ -137,6 +140,14 @@ def options(executor: DBPoolExecutor) -> None:
     executor.options(False)  # type: ignore[call-arg]
     executor.options(comit=False)  # type: ignore[call-arg]
     executor.options(timeout="5")  # type: ignore[arg-type]
+
+
+def in_a_unit_test(engine: Engine) -> None:
+    """The executor for tests stands in for the real one."""
+    executor = InlineExecutor(lambda: engine, session_options={"bind": engine})
+    used_as_any_executor(executor)
+    stands_in: DBPoolExecutor = executor
+    assert_type(stands_in.submit(job, 1), Future[str])
 
 
 # -- Inside a job ----------------------------------------------------------------------
