@@ -1,7 +1,7 @@
 """The results of ``map()``, in order, as they are asked for.
 
 Runs in the parent. Classes and not generators: a generator that was never begun does
-nothing when it is closed, and here that must cancel what has not started.
+nothing when it is closed, and here close() must cancel what has not started.
 """
 
 from __future__ import annotations
@@ -35,10 +35,12 @@ class Results(Iterator[T], Generic[T]):
         self._deadline = deadline
         self._stopped: Exception | None = None  # what the submitting ended with
         self._owes_one = False  # a result was taken since the last was submitted
+        self._is_begun = False  # a result was asked for
         self._futures: deque[Future[T]] = deque()
         self._futures.extend(itertools.islice(jobs, buffersize))
 
     def __next__(self) -> T:
+        self._is_begun = True
         if self._owes_one and self._stopped is None:
             self._submit_next()
         if not self._futures:
@@ -58,8 +60,10 @@ class Results(Iterator[T], Generic[T]):
         self._jobs = iter(())
 
     def __del__(self) -> None:
-        # _futures is missing if the arguments of map() raised.
-        if hasattr(self, "_futures"):
+        # executor.map(write, rows) is a usual way to do something for each row: who has
+        # asked for no result wants none, and the jobs done. It is missing if the
+        # arguments of map() raised.
+        if getattr(self, "_is_begun", False):
             self.close()
 
     def _submit_next(self) -> None:
