@@ -96,7 +96,12 @@ class Alarm:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Keep JobInterrupt out of the block; it is raised again and again after it."""
+        """Keep JobInterrupt out of the block.
+
+        Raises:
+            JobInterrupt: At its end, if the time was up. A job that does little else
+                would be missed by every signal.
+        """
         # In other threads it is not raised, and what they put back would be too old.
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -106,6 +111,8 @@ class Alarm:
             yield
         finally:
             self._may_interrupt = might
+        if might and self._has_expired:
+            raise JobInterrupt
 
     def _start(self, seconds: float) -> None:
         if self._thread is None and _SIGNAL is not None:
