@@ -190,7 +190,7 @@ def wired(request: pytest.FixtureRequest) -> Database:
 
 @pytest.fixture(scope="session")
 def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Interpreter]:
-    """Runs the programs of ``forking.py``."""
+    """Runs the programs that fork."""
     interpreter = Interpreter(tmp_path_factory.mktemp("programs"))
     yield interpreter
     interpreter.close()

@@ -21,7 +21,7 @@ _SERVANTS = (
     # Of the tests themselves, kept for the whole run.
     "mariadbd",
     "postgres",
-    "forking.py",
+    "warm.py",
 )
 
 
