@@ -70,6 +70,7 @@ class Dispatcher:
         self._waiting: deque[Job] = deque()  # appended to by callers
         self._closing = False
         self._cancelling = False
+        self._sparing = False  # what a worker would have by now
         self._signal: Callable[[LocalWorker], None] | None = None
         self._thread: threading.Thread | None = None
         # True while the thread sleeps and a new job would be something to do.
@@ -130,14 +131,17 @@ class Dispatcher:
                 "forked copy of that process; make a new executor here"
             )
 
-    def shutdown(self, *, cancel: bool) -> None:
+    def shutdown(self, *, cancel: bool, spare: bool = False) -> None:
         """Take no more jobs, and end once those taken are answered.
 
         Args:
             cancel: Whether to cancel the jobs that have not been sent.
+            spare: Whether to do those all the same that wait only for their worker to
+                start.
         """
         self.check_owner()
         with self._lock:
+            self._sparing = cancel and spare and not self._cancelling
             self._cancelling = self._cancelling or cancel
             self.close()
 
@@ -246,6 +250,9 @@ class Dispatcher:
                 send(worker.body)
         while self._later and self._later[0][0] <= time.monotonic():
             self._waiting.append(heapq.heappop(self._later)[2])
+        if self._sparing:
+            self._sparing = False
+            self._spare(workers.wanting(len(self._waiting)))
         if self._cancelling or workers.failure is not None:
             self._drop_waiting()
         self._waiting.extendleft(reversed(workers.take_back()))
@@ -368,6 +375,13 @@ class Dispatcher:
                 self._done += 1
             else:
                 self._failed += 1
+
+    def _spare(self, count: int) -> None:
+        """Let the first jobs not be cancelled any more."""
+        for job in self._waiting:  # nobody appends: it is closed
+            if not count:
+                break
+            count -= job.take()
 
     def _drop_waiting(self) -> None:
         """Cancel what waits, or fail it where it cannot be cancelled any more."""

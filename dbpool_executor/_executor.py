@@ -300,9 +300,10 @@ class DBPoolExecutor(_JobExecutor):
 
         Args:
             wait: Whether to return only when every worker has ended.
-            cancel_futures: Whether to cancel the jobs that have not started.
+            cancel_futures: Whether to cancel the jobs that have not started. Those that
+                wait only for the start of their worker count as started.
         """
-        self._dispatcher.shutdown(cancel=cancel_futures)
+        self._dispatcher.shutdown(cancel=cancel_futures, spare=True)
         if wait:
             self._dispatcher.join()
 

@@ -133,6 +133,10 @@ class Workers:
             max_workers=self._most,
         )
 
+    def wanting(self, waiting: int) -> int:
+        """Say how many workers have no job only because they are not ready yet."""
+        return len(self.idle) + self._starting + self.starts_due(waiting)
+
     def start_one(self) -> None:
         """Start a worker; a failure to do so counts as a failed start."""
         try:

@@ -170,13 +170,13 @@ class _InlineDispatcher(Dispatcher):
                 "transactions; submit from outside, or call the function itself"
             )
 
-    def shutdown(self, *, cancel: bool) -> None:
+    def shutdown(self, *, cancel: bool, spare: bool = False) -> None:
         self.check_owner()
         with self._lock:
             if self._database is not None and self._finalizer is not None:
                 note = self._workers.take_note
                 _worker._finalize(self._database, self._finalizer, note)
-            super().shutdown(cancel=cancel)
+            super().shutdown(cancel=cancel, spare=spare)
 
     def _start(self) -> None:
         while self._database is None and self._workers.failure is None:

@@ -62,10 +62,6 @@ EXCEPTIONS = {
     "ProcessPoolExecutorTest.test_python_finalization_error": (
         "has the start of a second thread fail; ours has one, and does the jobs"
     ),
-    "ProcessPoolShutdownTest.test_cancel_futures": (
-        "expects that the first jobs cannot be cancelled any more although no worker "
-        "has started yet; ours cancels what no worker has"
-    ),
     "FailingInitializerTest.test_initializer": (
         "looks for the traceback in the worker's log of concurrent.futures; ours gives "
         "it as the cause of the error and logs it in this process"
