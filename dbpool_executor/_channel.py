@@ -194,16 +194,38 @@ class Channel:
 
 
 class SharedChannel(Channel):
-    """A channel that several threads send on."""
+    """A channel that several threads send on, and finalizers in the middle of it."""
 
     def __init__(self, end: socket.socket) -> None:
         super().__init__(end)
+        self._waiting: deque[tuple[Message, ...]] = deque()
         self._sending = threading.Lock()  # from the first byte of a message to its last
 
     def send(self, *messages: Message) -> bool:
-        """Send messages, as :meth:`Channel.send` does; one thread at a time."""
-        with self._sending:
-            return super().send(*messages)
+        """Send messages, now or when those that are being sent are through.
+
+        Returns:
+            As for :meth:`Channel.flush`.
+        """
+        self._waiting.append(messages)
+        # Not waited for: garbage collection may log in the middle of a message, in the
+        # very thread that sends it. Who has the lock sends what came meanwhile, and
+        # looks again once it has let go.
+        while self._waiting and self._sending.acquire(blocking=False):
+            self._send_waiting()
+        return True
+
+    def drain(self) -> None:
+        """Wait until all is sent, in whatever thread."""
+        self._sending.acquire()
+        self._send_waiting()
+
+    def _send_waiting(self) -> None:
+        try:
+            while self._waiting:
+                super().send(*self._waiting.popleft())
+        finally:
+            self._sending.release()
 
 
 class _LargeMessage:

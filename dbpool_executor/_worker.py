@@ -131,6 +131,7 @@ def main(end: socket.socket | None, sent: SentSetup) -> None:
         if setup.finalizer is not None:
             _finalize(database, setup.finalizer, tell)
     finally:
+        channel.drain()
         for database in databases:
             with suppress(Exception):
                 database.dispose()

@@ -12,13 +12,19 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dbpool_executor._channel import Channel, Kind, Message, make_ends
+from dbpool_executor._channel import (
+    Channel,
+    Kind,
+    Message,
+    SharedChannel,
+    make_ends,
+)
 
 Ends: TypeAlias = tuple[socket.socket, socket.socket]
 Channels: TypeAlias = tuple[Channel, Channel]
@@ -438,3 +444,34 @@ def test_forked_worker_holds_its_own_end_only() -> None:
 def test_child_that_a_job_forked_does_not_hide_the_end_of_its_worker() -> None:
     """A worker's death is seen although a process that its job forked lives on."""
     assert output_of(GRANDCHILD) == ["b'forked'", "True"]
+
+
+def test_message_that_is_sent_in_the_middle_of_another_comes_after_it() -> None:
+    """As when garbage collection logs, in the very thread that sends an answer."""
+    mine, theirs = socket.socketpair()
+    logged = Message(Kind.LOG, [b"logged"])
+    answer = Message(Kind.RESULT, [b"pickle", bytes(100_000)])
+
+    class Interrupted:
+        """Sends little at once, and is interrupted after each bit."""
+
+        def send(self, data: memoryview) -> int:
+            sent = mine.send(data[:20_000])
+            if sum(calls) < 3:
+                calls.append(1)
+                channel.send(logged)
+            return sent
+
+    calls: list[int] = []
+    channel = SharedChannel(cast(socket.socket, Interrupted()))
+    with mine, theirs:
+        reader = Channel(theirs)
+        channel.send(answer)
+        channel.drain()
+        received: list[Message] = []
+        while len(received) < 4:
+            received += reader.receive()
+    kinds = [message.kind for message in received]
+    assert kinds == [Kind.RESULT, Kind.LOG, Kind.LOG, Kind.LOG]
+    assert [bytes(part) for part in received[0].parts] == answer.parts
+    assert all(bytes(message.parts[0]) == b"logged" for message in received[1:])
