@@ -324,6 +324,7 @@ def test_database_that_is_down_and_back_again_needs_no_new_executor(
 
 INTERRUPTED = """\
 import multiprocessing
+import signal
 
 import jobs
 from dbpool_executor import DBPoolExecutor, _executor
@@ -339,7 +340,8 @@ if __name__ == "__main__":
         held = executor.submit(jobs.insert_at_gate, "held", {address!r})
         waiting = executor.submit(jobs.insert_item, "waiting")
         waiting.add_done_callback(tell)
-        held.result()
+        print("ready", flush=True)
+        signal.pause()  # not in result(), whose lock an interrupt may leave taken
 """
 
 
@@ -352,8 +354,9 @@ def test_second_ctrl_c_kills_at_once(
     )
     with programs.running(tmp_path / "program.py", text) as program:
         worker = gate.arrival()
-        os.killpg(program.pid, signal.SIGINT)
         assert program.stdout is not None
+        assert program.stdout.readline() == "ready\n"
+        os.killpg(program.pid, signal.SIGINT)
         assert program.stdout.readline() == "cancelled\n"
         assert psutil.pid_exists(worker)
         os.killpg(program.pid, signal.SIGINT)
