@@ -293,8 +293,9 @@ def _parts_of(value: object) -> list[Buffer]:
     buffers: list[pickle.PickleBuffer] = []
     try:
         body = pickled(value, buffers)
-    except Exception as exc:
-        # A class of a notebook, which only its code has brought here.
+    except (pickle.PicklingError, AttributeError) as exc:
+        # A class of a notebook, which only its code has brought here. Of no other error
+        # is the text asked for: that of a refused value would be the value's own.
         pickler = by_value_pickler(calls=False) if "__main__" in str(exc) else None
         if pickler is None:
             raise

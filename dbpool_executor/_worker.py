@@ -184,7 +184,7 @@ def _finalize(
     try:
         database.run(partial(_call_only, finalizer))
     except Exception as exc:
-        tell(f"the finalizer of a worker raised {exc!r}; it was rolled back")
+        tell(f"the finalizer of a worker raised {exc!r}, so its session is rolled back")
 
 
 def _serve(channel: Channel, database: Database, record: PhaseRecord) -> None:

@@ -651,3 +651,18 @@ def test_result_that_does_not_unpickle_is_lost_alone(
     assert isinstance(error.__cause__, (LookupError, SystemExit))
     assert file.names() == {"a"}
     assert executor.submit(jobs.add, 1, 2).result(LONGEST) == 3
+
+
+class WordlessSession(Session):
+    """A session that cannot be shown."""
+
+    def __repr__(self) -> str:
+        raise LookupError("no words")
+
+    __str__ = __repr__
+
+
+def test_refused_result_is_not_asked_for_its_text() -> None:
+    """Its own code would run, and what that raises would stand for the refusal."""
+    with pytest.raises(NotPlainError, match=r"result\[0\] is a .*WordlessSession"):
+        dumps_result([WordlessSession()])
