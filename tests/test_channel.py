@@ -5,12 +5,14 @@ No worker; the fork tests run in an interpreter of their own.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import select
 import selectors
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeAlias, cast
 
@@ -25,6 +27,7 @@ from dbpool_executor._channel import (
     SharedChannel,
     make_ends,
 )
+from waiting import LONGEST
 
 Ends: TypeAlias = tuple[socket.socket, socket.socket]
 Channels: TypeAlias = tuple[Channel, Channel]
@@ -475,3 +478,24 @@ def test_message_that_is_sent_in_the_middle_of_another_comes_after_it() -> None:
     assert kinds == [Kind.RESULT, Kind.LOG, Kind.LOG, Kind.LOG]
     assert [bytes(part) for part in received[0].parts] == answer.parts
     assert all(bytes(message.parts[0]) == b"logged" for message in received[1:])
+
+
+def test_drain_waits_for_what_another_thread_is_sending() -> None:
+    """A worker must not end while a record of another thread is half sent."""
+    mine, theirs = socket.socketpair()
+    channel, reader = SharedChannel(mine), Channel(theirs)
+    with mine, theirs:
+        large = Message(Kind.LOG, [bytes(10 * MIB)])
+        sender = threading.Thread(target=channel.send, args=(large,))
+        sender.start()
+        assert select.select([theirs], [], [], LONGEST)[0]  # its first bytes
+        channel.send(Message(Kind.RESULT))
+        leaver = threading.Thread(target=lambda: (channel.drain(), mine.close()))
+        leaver.start()
+        kinds: list[Kind] = []
+        with contextlib.suppress(EOFError):
+            while True:
+                kinds += [message.kind for message in reader.receive()]
+        sender.join(LONGEST)
+        leaver.join(LONGEST)
+    assert kinds == [Kind.LOG, Kind.RESULT]

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import signal
+import threading
 import warnings
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.context import BaseContext
 from pathlib import Path
 
@@ -14,6 +18,8 @@ import pytest
 import jobs
 import logging_jobs
 from dbpool_executor import JobTimeoutError, WorkerDiedError
+from dbpool_executor._alarm import Alarm, JobInterrupt
+from dbpool_executor._logs import Forwarder
 from processes import MakeExecutor
 from servers import Database
 from waiting import LONGEST
@@ -177,3 +183,43 @@ def test_records_stay_in_workers_unless_asked_for(
     executor = make_executor(sqlite_database.make_engine, 1)
     executor.submit(logging_jobs.log_exception).result(LONGEST)
     assert told(caplog) == []
+
+
+def test_record_is_sent_while_the_time_limit_is_paused() -> None:
+    """It would cut a message in two, and whatever follows it."""
+    sent_while: list[str] = []
+    state = "running"
+
+    @contextmanager
+    def paused() -> Iterator[None]:
+        nonlocal state
+        state = "paused"
+        yield
+        state = "running"
+
+    forwarder = Forwarder(lambda _data: sent_while.append(state))
+    forwarder.uninterrupted = paused
+    forwarder.handle(logging.makeLogRecord({"msg": "whole"}))
+    assert (sent_while, state) == (["paused"], "running")
+
+
+def test_time_limit_that_is_paused_strikes_afterwards() -> None:
+    """No signal is heard inside the block, and none is needed at its end."""
+    tries = threading.Semaphore(0)
+    alarm = Alarm(tries.release)
+    before = signal.getsignal(signal.SIGURG)
+    steps: list[str] = []
+
+    def work() -> None:
+        with alarm.paused():
+            for _ in range(3):  # from the second on, a signal comes with it
+                assert tries.acquire(timeout=LONGEST)
+            steps.append("whole")
+        steps.append("too late")
+
+    try:
+        with pytest.raises(JobInterrupt), alarm.set(0.0):
+            work()
+    finally:
+        signal.signal(signal.SIGURG, before)
+    assert steps == ["whole"]
