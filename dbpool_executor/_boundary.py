@@ -310,6 +310,8 @@ def loads_result(parts: Sequence[Buffer]) -> object:
     Raises:
         Exception: Whatever the unpickling of the value raises.
     """
+    if len(parts) == 1:
+        return pickle.loads(parts[0])
     # What is made over bytes is read-only; what was large has arrived in a bytearray.
     buffers = [b if isinstance(b, bytearray) else bytearray(b) for b in parts[1:]]
     return pickle.loads(parts[0], buffers=buffers)

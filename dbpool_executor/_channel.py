@@ -2,7 +2,8 @@
 
 Runs in both processes. A message is a kind and some parts, framed as::
 
-    kind: 1 byte | number of parts: 4 bytes | length of each: 8 bytes | the parts
+    kind: 1 byte | number of a job: 8 bytes | number of parts: 4 bytes |
+    length of each: 8 bytes | the parts
 
 The parent's end never blocks; the worker's end does. The end of the stream is itself a
 message: to a worker that there are no more jobs (the parent closed its side, or is
@@ -12,6 +13,7 @@ gone), to the parent that the worker is gone.
 from __future__ import annotations
 
 import enum
+import functools
 import os
 import socket
 import struct
@@ -24,8 +26,7 @@ from typing import NamedTuple
 
 from ._boundary import Buffer
 
-_HEAD = struct.Struct("<BI")
-_LENGTH = 8
+_HEAD = struct.Struct("<BQI")
 _READ_SIZE = 1 << 16  # one read takes many small messages
 _COPY_LIMIT = 1 << 16  # below it, joining the parts is cheaper than a call for each
 
@@ -37,17 +38,24 @@ class Kind(enum.IntEnum):
     READY = 2  # worker to parent: it has its engine and its initializer has run
     RESULT = 3  # worker to parent: the first job not yet answered was committed
     FAILURE = 4  # worker to parent: the first job not yet answered failed
-    RETURNED = 5  # worker to parent: the first job not yet answered was not begun
+    RETURNED = 5  # worker to parent: the job with this number was not begun
     NOTE = 6  # worker to parent: a text for the parent's log
     START_FAILURE = 7  # worker to parent: the factory or the initializer raised
     LOG = 8  # worker to parent: a record for the parent's log handlers
 
 
+_KINDS = {int(kind): kind for kind in Kind}
+
+
 class Message(NamedTuple):
-    """One message: its kind, and its parts as bytes."""
+    """One message: its kind, its parts as bytes, and which job of the worker it means.
+
+    Jobs are numbered from 1 in the life of a worker; 0 is none.
+    """
 
     kind: Kind
     parts: Sequence[Buffer] = ()
+    number: int = 0
 
 
 class Channel:
@@ -56,6 +64,9 @@ class Channel:
     Args:
         end: A connected stream socket, owned by the channel from now on. Whether it
             blocks is for the caller to choose.
+
+    Attributes:
+        bytes_received: In its life.
     """
 
     def __init__(self, end: socket.socket) -> None:
@@ -64,6 +75,7 @@ class Channel:
         self._large: _LargeMessage | None = None  # its parts are still arriving
         self._unsent: deque[memoryview] = deque()
         self._ending = False
+        self.bytes_received = 0
 
     def fileno(self) -> int:
         """Give the descriptor, for a selector."""
@@ -91,6 +103,7 @@ class Channel:
             raise EOFError from exc
         if not data:
             raise EOFError
+        self.bytes_received += len(data)
         if self._received:
             data, self._received = self._received + data, b""
         return self._parse(data)
@@ -102,11 +115,10 @@ class Channel:
             As for :meth:`flush`.
         """
         small: list[Buffer] = []  # in one call to the system
-        for kind, parts in messages:
-            lengths = [memoryview(part).nbytes for part in parts]
-            head = struct.pack(f"<BI{len(lengths)}Q", kind, len(lengths), *lengths)
+        for message in messages:
+            head, *parts = frame(message)
             small.append(head)
-            if sum(lengths) <= _COPY_LIMIT:
+            if sum(map(_size, parts)) <= _COPY_LIMIT:
                 small += parts
             else:
                 self._unsent.append(memoryview(b"".join(small)))
@@ -115,6 +127,29 @@ class Channel:
                 self._unsent.extend(view for view in views if view)
         if small:
             self._unsent.append(memoryview(b"".join(small)))
+        return self.flush()
+
+    def send_at_once(self, data: bytes) -> bytes:
+        """Send bytes, from any thread, where nothing is unsent and nobody else sends.
+
+        Returns:
+            What the socket has not taken.
+        """
+        try:
+            return data[self._end.send(data) :]
+        except (BlockingIOError, InterruptedError):
+            return data
+        except OSError:
+            return b""  # the peer is gone: reading will tell
+
+    def send_rest(self, data: bytes) -> bool:
+        """Send what :meth:`send_at_once` may not have sent.
+
+        Returns:
+            As for :meth:`flush`.
+        """
+        if data:
+            self._unsent.append(memoryview(data))
         return self.flush()
 
     def flush(self) -> bool:
@@ -161,23 +196,26 @@ class Channel:
         messages: list[Message] = []
         start = 0
         while len(data) - start >= _HEAD.size:
-            kind, count = _HEAD.unpack_from(data, start)
-            body = start + _HEAD.size + count * _LENGTH
+            _, _, count = _HEAD.unpack_from(data, start)
+            head = _head_of(count)
+            body = start + head.size
             if len(data) < body:
                 break
-            lengths = struct.unpack_from(f"<{count}Q", data, start + _HEAD.size)
+            code, number, _, *lengths = head.unpack_from(data, start)
+            kind = _KINDS[code]
             end = body + sum(lengths)
             if len(data) < end:
                 if end - start > _COPY_LIMIT:
                     # Received straight into its parts from here on, not copied twice.
-                    self._large = _LargeMessage(Kind(kind), lengths, data[body:])
+                    begun = data[body:]
+                    self._large = _LargeMessage(kind, number, lengths, begun)
                     return messages
                 break
             parts: list[Buffer] = []
             for length in lengths:
                 parts.append(data[body : body + length])
                 body += length
-            messages.append(Message(Kind(kind), parts))
+            messages.append(Message(kind, parts, number))
             start = end
         self._received = data[start:]
         return messages
@@ -186,11 +224,29 @@ class Channel:
         count = self._end.recv_into(large.missing[0])
         if not count:
             raise EOFError
+        self.bytes_received += count
         large.advance(count)
         if large.missing:
             return []
         self._large = None
-        return [Message(large.kind, large.parts)]
+        return [Message(large.kind, large.parts, large.number)]
+
+
+def frame(message: Message) -> list[Buffer]:
+    """Give what is sent for a message: its head, then its parts."""
+    kind, parts, number = message
+    head = _head_of(len(parts))
+    return [head.pack(kind, number, len(parts), *map(_size, parts)), *parts]
+
+
+def _size(part: Buffer) -> int:
+    return memoryview(part).nbytes
+
+
+@functools.lru_cache(maxsize=16)
+def _head_of(count: int) -> struct.Struct:
+    """Give the form of all that comes before the parts, of which there are so many."""
+    return struct.Struct(f"{_HEAD.format}{count}Q")
 
 
 class SharedChannel(Channel):
@@ -231,8 +287,11 @@ class SharedChannel(Channel):
 class _LargeMessage:
     """A message whose parts are allocated and arrive in place."""
 
-    def __init__(self, kind: Kind, lengths: Sequence[int], begun: bytes) -> None:
+    def __init__(
+        self, kind: Kind, number: int, lengths: Sequence[int], begun: bytes
+    ) -> None:
         self.kind = kind
+        self.number = number
         self.parts = [bytearray(length) for length in lengths]
         self.missing = deque(memoryview(part) for part in self.parts if part)
         rest = memoryview(begun)

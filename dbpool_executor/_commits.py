@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import Dialect, Engine, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import PoolProxiedConnection
 
 from . import _drivers
 from ._alarm import Alarm
@@ -61,70 +63,58 @@ class CommitWatch:
         engine: The worker's.
         record: Where the phase is noted.
         alarm: Asked whether there is time for a COMMIT.
+        is_shared: Whether others of this process use the engine's dialect as well.
 
     Attributes:
         by_the_job: Whether the running job has committed anything by itself.
     """
 
-    def __init__(self, engine: Engine, record: PhaseRecord, alarm: Alarm) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        record: PhaseRecord,
+        alarm: Alarm,
+        *,
+        is_shared: bool = False,
+    ) -> None:
         self._record = record
         self._alarm = alarm
         self.by_the_job = False
         self._is_ending = False  # the commits from here on are the executor's
-        self._undone: dict[Connection, str] = {}  # what the database undid, and where
-        self._committing: DBAPIConnection | None = None  # the last to be committed
-        for name in ("commit", "prepare_twophase", "commit_twophase"):
-            event.listen(engine, name, self._before_commit)
-        event.listen(engine, "begin", self._before_begin)
-        event.listen(engine, "engine_connect", self._note_autocommit)
-        event.listen(engine, "set_connection_execution_options", self._note_options)
-        self._may_abort = engine.dialect.name == "postgresql"
-        self._words = _COMMITS
-        if engine.dialect.name == "sqlite":
-            event.listen(engine, "before_cursor_execute", self._note_on_sqlite)
+        # What the database undid, and where.
+        self._undone: dict[DBAPIConnection | None, str] = {}
+        self._begun: list[DBAPIConnection | None] = []  # connections used by the job
+        name = engine.dialect.name
+        self._may_abort = name == "postgresql"
+        self._is_sqlite = name == "sqlite"
+        self._undoes = name in ("mysql", "mariadb")
+        self._words = _COMMITS_ON_MYSQL if self._undoes else _COMMITS
+        if is_shared:
+            self._listen_to(engine)
         else:
-            event.listen(engine, "before_cursor_execute", self._note_statement)
-        if engine.dialect.name in ("mysql", "mariadb"):
-            self._words = _COMMITS_ON_MYSQL
+            self._wrap(engine.dialect)
+        if self._undoes:
             event.listen(engine, "handle_error", self._note_undone)
-            event.listen(engine, "rollback", self._forget_undone)
-            event.listen(engine, "rollback_savepoint", self._forget_undone)
 
     def begin_job(self) -> None:
         """Note that what follows is the next job's."""
         self.by_the_job = self._is_ending = False
-        self._committing = None
+        self._begun.clear()
         self._undone.clear()
 
     def end_job(self) -> None:
-        """Note that the job's function has returned."""
+        """Note that the job's function is over."""
         self._is_ending = True
 
-    def _before_commit(self, connection: Connection, *_twophase: object) -> None:
-        self._committing = connection.connection.dbapi_connection
-        try:
-            if self._may_abort and _drivers.is_aborted(connection):
-                raise TransactionAbortedError(
-                    "a database error aborted the transaction"
-                )
-            if self._undone and connection in self._undone:
-                raise TransactionAbortedError(self._undone[connection])
-            self._alarm.begin_commit()
-        except BaseException:
-            self.roll_back()
-            raise
-        self._note_commit()
-
     def roll_back(self) -> None:
-        """Roll back the transaction whose COMMIT has failed.
+        """Roll back what is open, after a COMMIT has failed.
 
         SQLAlchemy does not: for it a transaction has ended when its COMMIT raised. But
         SQLite keeps it open when COMMIT is refused (sqlite.org/lang_transaction.html),
         and so does every database when a listener raises before COMMIT is sent.
         """
-        if self._committing is not None:
-            with suppress(Exception):  # the connection is lost, and the rest with it
-                self._committing.rollback()
+        for connection in self._begun:
+            _roll_back(connection)
 
     def after_commit(self, session: Session) -> None:
         """Note that a session's COMMIT is over; that of a savepoint is none."""
@@ -133,52 +123,141 @@ class CommitWatch:
         elif not self.by_the_job and not session.in_nested_transaction():
             self._record.advance(Phase.COMMITTED)
 
+    # -- How it hears -----------------------------------------------------------
+
+    def _wrap(self, dialect: Dialect) -> None:
+        """Hear from the dialect, by whose methods an engine does all that it does.
+
+        Dearer are an engine's events: with a single listener, SQLAlchemy joins two sets
+        of them anew for each connection of each job (benchmarks/README.md).
+        """
+
+        def before(name: str, call: Callable[..., None]) -> None:
+            method = getattr(dialect, name)
+
+            def wrapped(*args: Any, **options: Any) -> Any:
+                call(*args)
+                return method(*args, **options)
+
+            setattr(dialect, name, wrapped)
+
+        before("do_begin", self._before_begin)
+        before("do_commit", self._before_commit)
+        for name in ("do_prepare_twophase", "do_commit_twophase"):
+            before(name, lambda on, *_rest: self._before_commit(on.connection))
+        for name in ("do_execute", "do_executemany", "do_execute_no_params"):
+            before(name, self._before_statement)
+        before("set_isolation_level", self._note_level)
+        if self._undoes:
+            before("do_rollback", self._forget_undone)
+            before(
+                "do_rollback_to_savepoint",
+                lambda on, _name: self._forget_undone(on.connection, _ONE_STATEMENT),
+            )
+
+    def _listen_to(self, engine: Engine) -> None:
+        """Hear from an engine's events, and not of other engines with its dialect."""
+
+        def before(name: str, call: Callable[..., None]) -> None:
+            event.listen(engine, name, lambda on, *rest: call(on.connection, *rest))
+
+        before("begin", self._before_begin)
+        for name in ("commit", "prepare_twophase", "commit_twophase"):
+            before(name, lambda on, *_rest: self._before_commit(on))
+        event.listen(
+            engine,
+            "before_cursor_execute",
+            lambda _on, *statement: self._before_statement(*statement),
+        )
+        event.listen(
+            engine,
+            "set_connection_execution_options",
+            lambda on, options: self._note_level(on, options.get("isolation_level")),
+        )
+        event.listen(
+            engine,
+            "engine_connect",
+            lambda on: self._note_level(
+                on, on.get_execution_options().get("isolation_level")
+            ),
+        )
+        if self._undoes:
+            before("rollback", self._forget_undone)
+            before(
+                "rollback_savepoint",
+                lambda on, *_rest: self._forget_undone(on, _ONE_STATEMENT),
+            )
+
+    def _before_commit(self, connection: PoolProxiedConnection) -> None:
+        where = connection.dbapi_connection
+        try:
+            if self._may_abort and _drivers.is_aborted(connection.driver_connection):
+                raise TransactionAbortedError(
+                    "a database error aborted the transaction"
+                )
+            if self._undone and where in self._undone:
+                raise TransactionAbortedError(self._undone[where])
+            self._alarm.begin_commit()
+        except BaseException:
+            _roll_back(where)
+            raise
+        self._note_commit()
+
     def _note_commit(self) -> None:
         self.by_the_job = self.by_the_job or not self._is_ending
         self._record.advance(Phase.COMMITTING)
 
-    def _before_begin(self, _connection: Connection) -> None:
+    def _before_begin(self, connection: PoolProxiedConnection) -> None:
+        self._begun.append(connection.dbapi_connection)
         if not self._is_ending:
             self._alarm.end_commit()
+            if _drivers.autocommits(connection.driver_connection):
+                self._note_commit()
 
-    def _note_autocommit(self, connection: Connection) -> None:
-        if _drivers.autocommits(connection):
+    def _note_level(self, _connection: object, level: str | None) -> None:
+        # At the end of a job it is only put back to what it was.
+        if level == "AUTOCOMMIT" and not self._is_ending:
             self._note_commit()
 
-    def _note_options(self, _connection: object, options: dict[str, Any]) -> None:
-        if options.get("isolation_level") == "AUTOCOMMIT":
-            self._note_commit()
-
-    def _note_statement(
-        self, _connection: object, _cursor: object, statement: str, *_rest: object
-    ) -> None:
-        if _begins(self._words, statement):
-            self._note_commit()
-
-    def _note_on_sqlite(
-        self, connection: Connection, _cursor: object, statement: str, *_rest: object
-    ) -> None:
-        if _commits_on_sqlite(connection, statement):
+    def _before_statement(self, cursor: object, statement: str, *_rest: object) -> None:
+        if self._is_sqlite:
+            commits = _commits_on_sqlite(getattr(cursor, "connection", None), statement)
+        else:
+            commits = _begins(self._words, statement)
+        if commits:
             self._note_commit()
 
     def _note_undone(self, context: ExceptionContext) -> None:
         error, connection = context.sqlalchemy_exception, context.connection
-        if connection is None or not isinstance(error, DBAPIError):
+        if not isinstance(error, DBAPIError) or error.connection_invalidated:
+            return
+        if connection is None or connection.invalidated:
             return
         number = _drivers.mysql_number(error)
+        where = connection.connection.dbapi_connection
         if number == _drivers.DEADLOCK:
-            self._undone[connection] = _ALL_BEFORE
+            self._undone[where] = _ALL_BEFORE
         elif number == _drivers.LOCK_WAIT_TIMEOUT:
-            self._undone.setdefault(connection, _ONE_STATEMENT)
+            self._undone.setdefault(where, _ONE_STATEMENT)
 
-    def _forget_undone(self, connection: Connection, *savepoint: object) -> None:
+    def _forget_undone(
+        self, connection: PoolProxiedConnection, what: str | None = None
+    ) -> None:
         # A savepoint does not outlive a deadlock.
-        if not savepoint or self._undone.get(connection) == _ONE_STATEMENT:
-            self._undone.pop(connection, None)
+        if self._undone and what in (
+            None,
+            self._undone.get(connection.dbapi_connection),
+        ):
+            self._undone.pop(connection.dbapi_connection, None)
 
 
-def _commits_on_sqlite(connection: Connection, statement: str) -> bool:
-    driver_connection: Any = connection.connection.driver_connection
+def _roll_back(connection: DBAPIConnection | None) -> None:
+    if connection is not None:
+        with suppress(Exception):  # it is lost, and what it has not committed
+            connection.rollback()
+
+
+def _commits_on_sqlite(driver_connection: Any, statement: str) -> bool:
     is_known = is_sqlite(driver_connection)
     if not is_known or driver_connection.in_transaction:
         return _begins(_COMMITS, statement)

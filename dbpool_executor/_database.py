@@ -93,6 +93,8 @@ class Database:
         Exception: Whatever the factory raises.
     """
 
+    _is_shared = False  # whether others of this process use the engine as well
+
     def __init__(
         self,
         engine_factory: Callable[[], Engine],
@@ -115,14 +117,17 @@ class Database:
         self._sessions = sessionmaker(**{"bind": engine, **session_options})
         self._record = record
         self.alarm = Alarm(self.cancel_statements)
-        self._commits = CommitWatch(engine, record, self.alarm)
+        self._commits = CommitWatch(
+            engine, record, self.alarm, is_shared=self._is_shared
+        )
         event.listen(self._sessions, "after_commit", self._commits.after_commit)
         event.listen(engine, "connect", _drivers.note_thread_id)
         if engine.dialect.name == "sqlite":
             event.listen(engine, "checkin", _make_writable)
         self._options = DEFAULTS
         self._job_engine = engine  # with the options of the running job
-        self._was_lent = False  # to the running job, by current_engine()
+        # To the running job: a session, and the engine by current_engine().
+        self._was_opened = self._was_lent = False
 
     def run(
         self, job: Callable[[], object], options: JobOptions = DEFAULTS, name: str = ""
@@ -152,7 +157,7 @@ class Database:
         except JobInterrupt as exc:
             # Its statement may be cancelled a moment too late, and then hit the next
             # job's: the connection is not used again.
-            if session.registry.has():
+            if self._has_session():
                 session().invalidate()
             self.engine.dispose()
             error = JobTimeoutError(options.timeout or 0.0)
@@ -165,6 +170,7 @@ class Database:
         except BaseException as exc:
             raise self._exact(JobExitedError(repr(exc))) from exc
         finally:
+            self._commits.end_job()
             self._end_session()
             if self._was_lent:
                 self._take_back(name)
@@ -199,6 +205,7 @@ class Database:
     def open_session(self) -> Session:
         """Make the job's session."""
         options = self._options
+        self._was_opened = True
         if self._job_engine is self.engine and not options.read_only:
             opened: Session = self._sessions()
             return opened
@@ -217,9 +224,11 @@ class Database:
     def _begin(self, options: JobOptions) -> None:
         _here.database = self
         self._options = options
-        self._was_lent = False
+        self._was_opened = self._was_lent = False
         self._commits.begin_job()
         self._job_engine = self.engine
+        if options is DEFAULTS:
+            return
         if options.isolation_level is not None:
             self._job_engine = self._job_engine.execution_options(
                 isolation_level=options.isolation_level
@@ -234,7 +243,7 @@ class Database:
         if options.resolve and self.engine.dialect.name != "postgresql":
             raise ResolveNotSupportedError(self.engine.dialect.name)
         result = job()
-        commits = options.commit and session.registry.has()
+        commits = options.commit and self._has_session()
         if commits:
             session.flush()
         # Pickled before the commit: a job whose result cannot travel must be rolled
@@ -281,8 +290,12 @@ class Database:
             error.outcome = Outcome.UNKNOWN
         return error
 
+    def _has_session(self) -> bool:
+        # Its own session.remove() may have ended what was opened.
+        return self._was_opened and session.registry.has()
+
     def _end_session(self) -> None:
-        if not session.registry.has():
+        if not self._has_session():
             return
         try:
             session.remove()

@@ -7,9 +7,7 @@ it sends the jobs that wait to idle workers, and settles the futures of those an
 from __future__ import annotations
 
 import heapq
-import itertools
 import logging
-import operator
 import os
 import random
 import selectors
@@ -25,17 +23,16 @@ from ._boundary import dumps_call
 from ._channel import Kind, Message, make_ends
 from ._endings import Ending, resolved_error
 from ._exit import at_exit
-from ._job import Answer, Job, JobFuture
+from ._job import Job, JobFuture
 from ._local import LocalWorker
 from ._logs import handle_record
+from ._offer import Offer
 from ._stats import Stats
 from ._worker import outcome_of_transaction
 from ._workers import Worker, Workers
 from .errors import DBPoolError, Outcome, OutcomeUnknownError, WorkerDiedError
 
 _FAILURE_PARTS = 3
-
-_KIND_OF = operator.attrgetter("kind")
 
 log = logging.getLogger("dbpool_executor")
 
@@ -75,6 +72,8 @@ class Dispatcher:
         self._thread: threading.Thread | None = None
         # True while the thread sleeps and a new job would be something to do.
         self._listening = False
+        # While it sleeps: what a caller may do without it.
+        self._offer: Offer | None = None
         self._bell, self._ear = make_ends()
         self._bell.setblocking(False)
         self._ear.setblocking(False)
@@ -82,7 +81,7 @@ class Dispatcher:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._ear, selectors.EVENT_READ)
         self._workers = Workers(start_worker, max_workers, max_jobs, self._selector)
-        self._answers: list[Answer] = []  # futures to be settled
+        self._told: list[tuple[Job, Message | BaseException]] = []  # to be settled
         self._later: list[tuple[float, int, Job]] = []  # to be repeated; a heap
         self._killed = False  # no job will be sent again
         self._done = self._failed = self._retried = 0
@@ -102,8 +101,14 @@ class Dispatcher:
             self.check_open()
             if self._thread is None:
                 self._begin()
-            self._waiting.append(job)
-        if self._listening:
+            offer = self._offer
+            if offer is not None and job.options.timeout is None and offer.take(job):
+                is_heard = offer.is_sent
+            else:
+                self._offer = None  # a later job must not overtake this one
+                self._waiting.append(job)
+                is_heard = not self._listening
+        if not is_heard:
             self._wake()
 
     def check_open(self) -> None:
@@ -187,12 +192,13 @@ class Dispatcher:
 
     def stats(self) -> Stats:
         """Count workers and jobs; a snapshot."""
-        workers = list(self._workers.all.values())
+        workers, idle = len(self._workers.all), len(self._workers.idle)
+        busy = self._workers.count_busy()
         return Stats(
-            workers=len(workers),
-            idle=len(self._workers.idle),
+            workers=workers,
+            idle=min(idle, workers - busy),
             queued=len(self._waiting) + len(self._later),
-            running=sum(bool(worker.sent) for worker in workers),
+            running=busy,
             done=self._done,
             failed=self._failed,
             retried=self._retried,
@@ -221,7 +227,6 @@ class Dispatcher:
         try:
             while not self._is_over():
                 self._act()
-                self._settle()
                 self._wait()
         except BaseException:
             log.critical("the dispatcher failed, its jobs are lost", exc_info=True)
@@ -235,7 +240,7 @@ class Dispatcher:
     def _is_over(self) -> bool:
         if not self._is_ending() or self._workers.all:
             return False
-        if self._answers or self._later:
+        if self._told or self._later:
             return False
         with self._lock:
             return not self._waiting
@@ -256,9 +261,10 @@ class Dispatcher:
         if self._cancelling or workers.failure is not None:
             self._drop_waiting()
         self._waiting.extendleft(reversed(workers.take_back()))
-        workers.send_from(self._waiting)
-        for _ in range(workers.starts_due(len(self._waiting))):
-            workers.start_one()
+        if self._waiting:
+            workers.send_from(self._waiting)
+            for _ in range(workers.starts_due(len(self._waiting))):
+                workers.start_one()
         if self._is_ending() and not (self._waiting or self._later):
             workers.tell_all_to_leave()
 
@@ -267,31 +273,42 @@ class Dispatcher:
         # A busy worker is sent more when it answers: what is submitted until then adds
         # up to a full message.
         self._listening = bool(workers.idle) or workers.has_room
-        # Looked at again now that the flag is up: what came in between rang no bell.
-        waiting = len(self._waiting)
-        due = waiting and (
-            workers.idle or workers.failure or workers.starts_due(waiting)
-        )
-        if due or self._answers or self._is_over():
-            timeout: float | None = 0.0
-        else:
-            timeout = workers.seconds_to_deadline(waiting)
-            if self._later:
-                pause = max(0.0, self._later[0][0] - time.monotonic())
-                timeout = pause if timeout is None else min(pause, timeout)
-        events = self._selector.select(timeout)
+        if self._listening and not (self._waiting or self._closing):
+            self._offer = workers.offer()
+        # Only now, since whoever is woken may have the next job at once.
+        self._settle()
+        events = self._selector.select(self._seconds_to_wait())
         self._listening = False
+        self._offer = None
+        workers.withdraw()
         for key, mask in events:
-            if key.data is None:
+            worker: Worker | None = key.data
+            if worker is None:
                 with suppress(BlockingIOError):
                     self._ear.recv(4096)
                 continue
-            worker: Worker = key.data
             if mask & selectors.EVENT_WRITE:
                 workers.watch(worker, sent=worker.body.channel.flush())
             if mask & selectors.EVENT_READ:
                 self._receive(worker)
         workers.kill_overdue()
+
+    def _seconds_to_wait(self) -> float | None:
+        workers = self._workers
+        # Looked at again now that the flag is up: what came in between rang no bell.
+        waiting = len(self._waiting)
+        due = waiting and (
+            workers.idle or workers.failure or workers.starts_due(waiting)
+        )
+        if due or self._told or self._is_over():
+            return 0.0
+        if not self._listening and (nap := workers.seconds_to_nap(waiting)):
+            time.sleep(nap)
+        timeout = workers.seconds_to_deadline(waiting)
+        if self._later:
+            pause = max(0.0, self._later[0][0] - time.monotonic())
+            timeout = pause if timeout is None else min(pause, timeout)
+        return timeout
 
     def _receive(self, worker: Worker) -> None:
         try:
@@ -299,30 +316,34 @@ class Dispatcher:
         except EOFError:
             self._note_ending(self._workers.bury(worker))
             return
-        for kind, run in itertools.groupby(messages, _KIND_OF):
-            if kind is Kind.RESULT or kind is Kind.FAILURE:
-                told = list(run)
-                jobs = self._workers.take_answers(worker, len(told))
-                for job, answer in zip(jobs, told, strict=True):
-                    # A fourth part says that it may succeed when it is repeated.
-                    if kind is Kind.FAILURE and len(answer.parts) > _FAILURE_PARTS:
-                        self._repeat_or_settle(job, answer)
-                    else:
-                        self._end(job, answer)
-                continue
-            for message in run:
-                if kind is Kind.READY:
-                    self._workers.note_ready(worker)
-                elif kind is Kind.NOTE:
-                    self._workers.take_note(bytes(message.parts[0]).decode())
-                elif kind is Kind.LOG:
-                    handle_record(message.parts[0])
-                elif kind is Kind.START_FAILURE:
-                    worker.start_failure = message.parts
-                elif kind is Kind.RETURNED:
-                    number = int.from_bytes(message.parts[0])
-                    again = self._workers.take_returned(worker, number)
-                    self._waiting.extendleft(again)
+        answered = returned = 0
+        for message in messages:
+            kind = message.kind
+            if kind is Kind.RESULT:
+                self._end(worker.sent.popleft(), message)
+                answered += 1
+            elif kind is Kind.FAILURE:
+                job = worker.sent.popleft()
+                # A fourth part says that it may succeed when it is repeated.
+                if len(message.parts) > _FAILURE_PARTS:
+                    self._repeat_or_settle(job, message)
+                else:
+                    self._end(job, message)
+                answered += 1
+            elif kind is Kind.LOG:
+                handle_record(message.parts[0])
+            elif kind is Kind.RETURNED:
+                # If it is not that job, the job was taken off the worker's list before.
+                if worker.sent and worker.sent[0].number == message.number:
+                    self._waiting.appendleft(worker.sent.popleft())
+                    returned += 1
+            elif kind is Kind.READY:
+                self._workers.note_ready(worker)
+            elif kind is Kind.NOTE:
+                self._workers.take_note(bytes(message.parts[0]).decode())
+            elif kind is Kind.START_FAILURE:
+                worker.start_failure = message.parts
+        self._workers.note_answers(worker, answered, returned)
 
     def _note_ending(self, ending: Ending) -> None:
         self._waiting.extendleft(reversed(ending.again))
@@ -337,9 +358,8 @@ class Dispatcher:
             self._end(job, error)
 
     def _end(self, job: Job, told: Message | DBPoolError) -> None:
-        attempts = job.attempts + 1 if job.options.retries else 0
-        answer = Answer(job.future, told, attempts, job.options.commit)
-        self._answers.append(answer)
+        job.attempts += 1
+        self._told.append((job, told))
 
     def _repeat_or_settle(self, job: Job, told: Message | DBPoolError) -> None:
         if job.attempts >= job.options.retries or self._killed:
@@ -369,9 +389,9 @@ class Dispatcher:
         self._waiting.appendleft(Job(asked, [call]))
 
     def _settle(self) -> None:
-        answers, self._answers = self._answers, []
-        for answer in answers:
-            if answer.settle():
+        told, self._told = self._told, []
+        for job, answer in told:
+            if job.settle(answer):
                 self._done += 1
             else:
                 self._failed += 1
@@ -389,19 +409,19 @@ class Dispatcher:
         if self._killed or failure is not None:
             for *_, job in self._later:
                 assert job.told is not None  # noqa: S101 - or it would not be repeated
-                self._answers.append(Answer(job.future, job.told, job.attempts))
+                self._told.append((job, job.told))
             self._later.clear()
         kept = []
         while self._waiting:
             job = self._waiting.popleft()
             if failure is not None:
                 if job.take():
-                    self._answers.append(Answer(job.future, failure.error()))
+                    self._told.append((job, failure.error()))
             elif job.cancel():
                 pass
             elif self._killed:
                 lost = WorkerDiedError(None, None, Outcome.NEVER_STARTED)
-                self._answers.append(Answer(job.future, lost))
+                self._told.append((job, lost))
             else:
                 kept.append(job)
         self._waiting.extend(kept)
@@ -411,13 +431,14 @@ class Dispatcher:
         with self._lock:
             self._closing = True
         self._killed = True
+        self._workers.withdraw()
         self._drop_waiting()
         for worker in self._workers.all.values():
             worker.body.kill()
             worker.body.bury()
             for job in worker.sent:
                 error = OutcomeUnknownError("the executor's own thread failed")
-                self._answers.append(Answer(job.future, error))
+                self._told.append((job, error))
         self._settle()
 
     def _free(self) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -104,24 +104,23 @@ def mysql_number(error: DBAPIError) -> int | None:
     return None
 
 
-def is_aborted(connection: Connection) -> bool:
+def is_aborted(driver_connection: object) -> bool:
     """Say whether the server will answer COMMIT with success and store nothing."""
-    info = getattr(connection.connection.driver_connection, "info", None)
+    info = getattr(driver_connection, "info", None)
     return getattr(info, "transaction_status", None) == _IN_ERROR
 
 
-def autocommits(connection: Connection) -> bool:
+def autocommits(driver_connection: Any) -> bool:
     """Say whether each statement of a connection is committed by itself."""
-    if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
-        return True
-    driver_connection: Any = connection.connection.driver_connection
     if is_sqlite(driver_connection):
         # Its attribute says only who begins transactions, the module or the program.
         return False
-    with suppress(Exception):
-        if callable(get := getattr(driver_connection, "get_autocommit", None)):
-            return bool(get())
-    return getattr(driver_connection, "autocommit", False) is True
+    autocommit = getattr(driver_connection, "autocommit", None)
+    if isinstance(autocommit, bool):
+        return autocommit
+    with suppress(Exception):  # PyMySQL and mysqlclient
+        return bool(driver_connection.get_autocommit())
+    return False
 
 
 _THREAD_ID = "dbpool_executor.thread_id"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from ._boundary import Buffer, loads_result
 from ._channel import Kind, Message
@@ -40,9 +40,10 @@ class JobFuture(Future[T]):
             CancelledError: The future was cancelled.
             Exception: Whatever the job raised, or a DBPoolError.
         """
-        error = self.exception(timeout)
+        result = super().result(timeout)
+        error = self.exception() if result is None else None
         if error is None:
-            return super().result()
+            return result
         try:
             raise error
         finally:
@@ -57,15 +58,17 @@ class Job:
         future: What the caller holds.
         parts: The parts of its message.
         options: How it is run.
+        is_taken: Whether it cannot be cancelled any more.
         number: Which job it is in the life of the worker that has it.
         deliveries: Workers that died over it before they had begun it.
-        attempts: How often it has failed.
+        attempts: How often it was answered.
         told: What it failed with last.
     """
 
     future: Future[Any]
     parts: Sequence[Buffer]
     options: JobOptions = DEFAULTS
+    is_taken: bool = False
     number: int = 0
     deliveries: int = 0
     attempts: int = 0
@@ -73,8 +76,10 @@ class Job:
 
     def take(self) -> bool:
         """Say whether it is still to be done; from now on it cannot be cancelled."""
-        # Running already: it was sent to a worker that did not begin it.
-        return self.future.running() or self.future.set_running_or_notify_cancel()
+        # Already: it was sent to a worker that did not begin it.
+        if not self.is_taken:
+            self.is_taken = self.future.set_running_or_notify_cancel()
+        return self.is_taken
 
     def cancel(self) -> bool:
         """Cancel it unless it was taken."""
@@ -84,44 +89,42 @@ class Job:
         self.future.set_running_or_notify_cancel()
         return True
 
-
-class Answer(NamedTuple):
-    """What settles a future: a worker's message, or an error of the parent's own."""
-
-    future: Future[Any]
-    told: Message | BaseException
-    attempts: int = 0  # for the error, where the job was to be repeated
-    commit: bool = True  # whether the job did not commit for itself
-
-    def settle(self) -> bool:
+    def settle(self, told: Message | BaseException) -> bool:
         """Give the future its result or exception, and run its callbacks.
+
+        Args:
+            told: The worker's answer, or an error of the parent's own.
 
         Returns:
             Whether it was a result.
         """
         result = None
         error: BaseException | None = None
-        if isinstance(self.told, BaseException):
-            error = self.told
-        elif self.told.kind is Kind.FAILURE:
-            error = loads_exception(self.told.parts)
+        if isinstance(told, BaseException):
+            error = told
+        elif told.kind is Kind.FAILURE:
+            error = loads_exception(told.parts)
         else:
             try:
-                result = loads_result(self.told.parts)
+                result = loads_result(told.parts)
             except BaseException as exc:  # also a SystemExit must not end the thread
-                outcome = Outcome.COMMITTED if self.commit else Outcome.UNKNOWN
+                commits = self.options.commit
+                outcome = Outcome.COMMITTED if commits else Outcome.UNKNOWN
                 error = ResultLostError(f"unpickling it raised {exc!r}", outcome)
                 set_cause(error, exc)
-        if isinstance(error, (JobTimeoutError, OutcomeUnknownError)):
-            log.warning("%s", error)
-        if error is not None and self.attempts:
-            with suppress(AttributeError):  # a class with slots alone
-                BaseException.__setattr__(error, "attempts", self.attempts)
         try:
             if error is None:
                 self.future.set_result(result)
             else:
+                self._note(error)
                 self.future.set_exception(error)
         except BaseException:
             log.exception("a future or one of its callbacks refused its answer")
         return error is None
+
+    def _note(self, error: BaseException) -> None:
+        if isinstance(error, (JobTimeoutError, OutcomeUnknownError)):
+            log.warning("%s", error)
+        if self.options.retries and self.attempts:
+            with suppress(AttributeError):  # a class with slots alone
+                BaseException.__setattr__(error, "attempts", self.attempts)

@@ -1,8 +1,9 @@
 """How far the jobs sent to a worker have come, readable after the worker's death.
 
 Runs in both processes. The record is memory that both share: the worker writes which
-job it has begun and how far that one is, the parent writes which jobs it takes back.
-A job is meant by its number in the worker's life, counted from 1.
+job it has begun, how far that one is, and how long its jobs have taken; the parent
+writes which jobs it takes back. A job is meant by its number in the worker's life,
+counted from 1.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class PhaseRecord:
     def __init__(self, words: MutableSequence[int]) -> None:
         self._words = words
         self._begun = 0
+        self._busy = 0
 
     def begin(self, number: int) -> bool:
         """Note that a job begins, unless it was taken back.
@@ -74,6 +76,15 @@ class PhaseRecord:
         """Read what the last job has noted, in either process; 0 if nothing."""
         return self._words[2]
 
+    def add_busy(self, nanoseconds: int) -> None:
+        """Add what a job has taken, from its bytes to the bytes of its answer."""
+        self._busy += nanoseconds
+        self._words[3] = self._busy
+
+    def read_busy(self) -> float:
+        """Read what all jobs of the worker have taken, in either process: seconds."""
+        return self._words[3] / 1e9
+
     def recall(self, number: int) -> None:
         """Take back all jobs up to a number that have not begun.
 
@@ -83,7 +94,7 @@ class PhaseRecord:
         self._words[1] = number
 
 
-WORDS = 3
+WORDS = 4
 """Length of the array of a PhaseRecord."""
 
 RECALL_DELAY = 0.001

@@ -19,8 +19,10 @@ DELIVERY_ATTEMPTS = 3
 PATIENCE = 0.005
 """Seconds a worker may be at one job before those sent ahead to it are taken back."""
 
-_GROUP_SECONDS = 0.002  # work that may be sent ahead to one worker
+_GROUP_SECONDS = 0.004  # work that may be sent ahead to one worker
 _GROUP_MOST = 100  # jobs, however short
+_UNREAD_MOST = 1 << 15  # bytes that a channel takes on every system
+_SHORTEST_NAP = 0.0002  # seconds; below it the system's timers cost more than they save
 
 _FIRST_DELAY = 0.1  # seconds between a failed start and the next one
 _LONGEST_DELAY = 5.0
@@ -62,11 +64,40 @@ def jobs_to_send(
     Returns:
         A number >= 0.
     """
-    group = max(1, min(int(_GROUP_SECONDS / seconds_per_job), _GROUP_MOST))
+    group = _group(seconds_per_job)
     # Sent again only when half the group is done: full messages, and no pause.
     if sent > group // 2:
         return 0
     return min(group - sent, -(-waiting // workers))
+
+
+def seconds_to_nap(
+    *, waiting: int, sent: int, seconds_per_job: float, bytes_per_answer: float
+) -> float:
+    """Say how long answers may add up before they are looked at.
+
+    To be woken for each answer costs more than a short job itself.
+
+    Args:
+        waiting: Jobs not yet sent to a worker.
+        sent: Jobs that a worker has and has not answered, where they are fewest.
+        seconds_per_job: How long recent jobs took; infinite while none is known.
+        bytes_per_answer: How long recent answers were.
+
+    Returns:
+        Half of the time until that worker can be sent more, or has no more to do: an
+        estimate may be too high. 0 if it is not worth it.
+    """
+    # A worker that has filled its channel waits for a reader.
+    if sent < 2 or sent * bytes_per_answer > _UNREAD_MOST:
+        return 0.0
+    ahead = sent - _group(seconds_per_job) // 2 if waiting else sent
+    nap = min(ahead * seconds_per_job, _GROUP_SECONDS) / 2
+    return nap if nap >= _SHORTEST_NAP else 0.0
+
+
+def _group(seconds_per_job: float) -> int:
+    return max(1, min(int(_GROUP_SECONDS / seconds_per_job), _GROUP_MOST))
 
 
 def delay_before_repeat(attempts: int, random: float) -> float:
@@ -83,12 +114,12 @@ def delay_before_repeat(attempts: int, random: float) -> float:
     return float(min(_FIRST_REPEAT * 2**doublings, _LONGEST_DELAY) * random)
 
 
-def updated_seconds_per_job(known: float, sample: float) -> float:
-    """Update the estimate of how long a job takes.
+def updated_estimate(known: float, sample: float) -> float:
+    """Update the estimate of how long a job takes, or its answer is.
 
     Args:
         known: The estimate so far; infinite if there is none.
-        sample: How long one job took, or has taken up to now.
+        sample: What one job took, or has taken up to now.
 
     Returns:
         Up at once, since to send jobs behind a long one is a mistake; down slowly.

@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, MutableSequence, Sequence
 from contextlib import suppress
@@ -196,12 +197,17 @@ def _serve(channel: Channel, database: Database, record: PhaseRecord) -> None:
             return
         while jobs:
             job = jobs.popleft()
-            number += 1
+            if job.number <= number:
+                continue  # sent twice, see Offer
+            number = job.number
             # Begun before it is unpickled: unpickling runs the caller's code too.
             if record.begin(number):
+                start = time.monotonic_ns()
                 answer = _run(database, job)
+                # Before the answer: with it the parent looks at what its jobs take.
+                record.add_busy(time.monotonic_ns() - start)
             else:
-                answer = Message(Kind.RETURNED, [number.to_bytes(8)])
+                answer = Message(Kind.RETURNED, number=number)
             del job  # its arguments may be large, and the next job long in coming
             channel.send(answer)
             del answer

@@ -22,6 +22,7 @@ from ._endings import Ending, error_at_end
 from ._exceptions import dumps_exception, loads_exception, set_cause
 from ._job import Job
 from ._local import LocalWorker
+from ._offer import Offer
 from ._phase import RECALL_DELAY
 from .errors import Outcome, WorkerDiedError, WorkerStartError, describe_exit
 
@@ -71,7 +72,11 @@ class Worker:
     last_number: int = 0  # of the jobs sent to it in its life, those taken back too
     answered: int = 0  # jobs in its life
     since: float = 0.0  # on time.monotonic(): its first job was not begun before it
+    # When it was last looked at: seconds that its jobs have taken, bytes of answers.
+    busy: float = 0.0
+    received: int = 0
     recalled: Recall | None = None  # since it has answered last
+    has_unsent: bool = False  # its channel did not take all
     is_overdue: bool = False  # it is killed for the timeout of its job
     start_failure: Sequence[Buffer] | None = None
 
@@ -99,11 +104,13 @@ class Workers:
         self._selector = selector
         self.all: dict[int, Worker] = {}  # by process id
         self.idle: list[Worker] = []  # the last to become idle is the next to work
+        self._offered: tuple[Worker, Offer] | None = None
         self._short: dict[Worker, None] = {}  # busy, and may be sent more
-        self._seconds_per_job = math.inf
+        self._seconds_per_job = self._bytes_per_answer = math.inf
         # On time.monotonic(): when a worker is killed that is still at its job, or there.
         self._kill_at: dict[Worker, float] = {}
-        self._next_look = 0.0  # on time.monotonic(), for workers that are stuck
+        # For workers that are stuck: on time.monotonic(), infinite if none has two jobs.
+        self._next_look = math.inf
         self.failure: Failure | None = None  # set once, when no worker can start
         self._notes: set[str] = set()  # that were logged
         self._starting = 0
@@ -191,6 +198,38 @@ class Workers:
 
     # -- Working ----------------------------------------------------------------
 
+    def offer(self) -> Offer | None:
+        """Offer an idle worker to callers, if there is one, until :meth:`withdraw`."""
+        # The worker whose last job this may be has to be told so.
+        if not self.idle or self._max_jobs is not None:
+            return None
+        worker = self.idle[-1]
+        offer = Offer(worker.body.channel, worker.last_number + 1)
+        self._offered = worker, offer
+        return offer
+
+    def withdraw(self) -> None:
+        """Take back what was offered, or note the job that was sent."""
+        if self._offered is None:
+            return
+        (worker, offer), self._offered = self._offered, None
+        taken = offer.withdraw()
+        if taken is None:
+            return
+        job, unsent = taken
+        self.idle.remove(worker)
+        worker.since = time.monotonic()
+        worker.last_number = job.number
+        worker.sent.append(job)
+        if unsent:
+            self.watch(worker, sent=worker.body.channel.send_rest(unsent))
+
+    def count_busy(self) -> int:
+        """Count the workers that have a job; from any thread."""
+        offered = self._offered
+        is_taken = offered is not None and offered[1].is_taken
+        return is_taken + sum(bool(worker.sent) for worker in list(self.all.values()))
+
     def send_from(self, waiting: deque[Job]) -> None:
         """Send waiting jobs to the workers that may have some."""
         while waiting and (self.idle or self._short):
@@ -224,8 +263,10 @@ class Workers:
             worker.last_number += 1
             job.number = worker.last_number
         worker.sent += jobs
-        messages = (Message(Kind.JOB, job.parts) for job in jobs)
+        messages = [Message(Kind.JOB, job.parts, job.number) for job in jobs]
         self.watch(worker, sent=worker.body.channel.send(*messages))
+        if len(worker.sent) > 1 and self._next_look == math.inf:
+            self._next_look = time.monotonic() + _rules.PATIENCE
         if worker.answered + len(worker.sent) == self._max_jobs:
             self._tell_to_leave(worker)
         options = jobs[0].options
@@ -233,35 +274,39 @@ class Workers:
             # The worker itself has cancelled the statement by then.
             self._kill_at[worker] = worker.since + options.timeout + options.kill_after
 
-    def take_answers(self, worker: Worker, count: int) -> list[Job]:
-        """Note that a worker has answered its first jobs, and give them."""
-        jobs = [worker.sent.popleft() for _ in range(count)]
-        worker.answered += count
-        now = time.monotonic()
-        self._learn((now - worker.since) / count)
-        worker.since = now
-        worker.recalled = None
-        self._kill_at.pop(worker, None)
-        self._note_sent_less(worker)
-        return jobs
+    def note_answers(self, worker: Worker, count: int, returned: int) -> None:
+        """Note that a worker's first jobs were taken from what was sent to it.
 
-    def take_returned(self, worker: Worker, number: int) -> list[Job]:
-        """Note that a worker has not begun a job, and give it if it was not taken."""
-        if not worker.sent or worker.sent[0].number != number:
-            return []
-        job = worker.sent.popleft()
-        self._note_sent_less(worker)
-        return [job]
+        Args:
+            worker: The worker.
+            count: How many it has answered.
+            returned: How many it has not begun, since they were taken back.
+        """
+        if count:
+            worker.answered += count
+            busy, received = worker.body.busy(), worker.body.channel.bytes_received
+            self._learn((busy - worker.busy) / count)
+            self._bytes_per_answer = _rules.updated_estimate(
+                self._bytes_per_answer, (received - worker.received) / count
+            )
+            worker.busy, worker.received = busy, received
+            worker.since = time.monotonic()
+            worker.recalled = None
+            self._kill_at.pop(worker, None)
+        if count or returned:
+            self._note_sent_less(worker)
 
     def take_back(self) -> list[Job]:
         """Give the jobs that were sent ahead to workers that are stuck at a long one."""
-        now = time.monotonic()
-        if now < self._next_look:
+        if self._next_look == math.inf or (now := time.monotonic()) < self._next_look:
             return []
-        self._next_look = now + _rules.PATIENCE
+        self._next_look = math.inf
         taken: list[Job] = []
         for worker in self.all.values():
-            if len(worker.sent) < 2 or now - worker.since < _rules.PATIENCE:
+            if len(worker.sent) < 2:
+                continue
+            self._next_look = min(self._next_look, now + _rules.PATIENCE)
+            if now - worker.since < _rules.PATIENCE:
                 continue
             self._learn(now - worker.since)
             if worker.recalled is None:
@@ -278,8 +323,19 @@ class Workers:
             self._note_sent_less(worker)
         return taken
 
+    def seconds_to_nap(self, waiting: int) -> float:
+        """Say how long the answers of busy workers may add up."""
+        if self.idle or self._starting or not self.all:
+            return 0.0
+        return _rules.seconds_to_nap(
+            waiting=waiting,
+            sent=min(len(worker.sent) for worker in self.all.values()),
+            seconds_per_job=self._seconds_per_job,
+            bytes_per_answer=self._bytes_per_answer,
+        )
+
     def _learn(self, sample: float) -> None:
-        self._seconds_per_job = _rules.updated_seconds_per_job(
+        self._seconds_per_job = _rules.updated_estimate(
             self._seconds_per_job, max(sample, 1e-6)
         )
 
@@ -295,8 +351,9 @@ class Workers:
 
     def watch(self, worker: Worker, *, sent: bool) -> None:
         """Have the selector tell when a channel takes more, while it has to."""
-        events = selectors.EVENT_READ | (0 if sent else selectors.EVENT_WRITE)
-        if self._selector.get_key(worker.body.channel).events != events:
+        if worker.has_unsent is sent:
+            worker.has_unsent = not sent
+            events = selectors.EVENT_READ | (0 if sent else selectors.EVENT_WRITE)
             self._selector.modify(worker.body.channel, events, worker)
 
     # -- Leaving ----------------------------------------------------------------
@@ -333,8 +390,10 @@ class Workers:
 
     def seconds_to_deadline(self, waiting: int) -> float | None:
         """Say how long the thread may sleep; None for no bound."""
+        if not self._kill_at and self._next_look == math.inf and not self._failures:
+            return None
         times = list(self._kill_at.values())
-        if any(len(w.sent) > 1 for w in self.all.values()):
+        if self._next_look != math.inf:
             times.append(self._next_look)
         if waiting and self.has_room and self._failures:
             times.append(self._next_start)

@@ -5,7 +5,7 @@ worker's own functions, and the parent's do the rest::
 
     submit() --Job--> _InlineDispatcher --Message(JOB)--> _run() --> Database.run()
        |                  |                                            |
-     Future <--Answer-- settle() <-----Message(RESULT or FAILURE)------+
+     Future <-- Job.settle() <---------Message(RESULT or FAILURE)------+
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ._drivers import is_aborted
 from ._exceptions import dumps_exception
 from ._executor import DBPoolExecutor
 from ._inheritance import live_entries, pool_of
-from ._job import Answer, Job
+from ._job import Job
 from ._options import DEFAULTS, JobOptions, dumps_options
 from ._parent import AnyEngine, _is_its_pool
 from ._phase import WORDS, PhaseRecord
@@ -156,8 +156,8 @@ class _InlineDispatcher(Dispatcher):
             self._start()
             told = self._run_job(job)
         # Outside the lock: callbacks may wait for another thread that submits.
-        attempts = job.attempts + 1 if job.options.retries else 0
-        is_done = Answer(job.future, told, attempts, job.options.commit).settle()
+        job.attempts += 1
+        is_done = job.settle(told)
         with self._lock:
             self._done += is_done
             self._failed += not is_done
@@ -231,6 +231,8 @@ class _InlineDatabase(Database):
         session_options: Keyword arguments for ``sessionmaker``.
     """
 
+    _is_shared = True
+
     def __init__(
         self, engine_factory: Callable[[], Engine], session_options: Mapping[str, Any]
     ) -> None:
@@ -270,7 +272,7 @@ class _InlineDatabase(Database):
         # What CommitWatch does before a COMMIT; of a savepoint's end it does not hear.
         if session.in_nested_transaction():
             return
-        if is_aborted(session.connection()):
+        if is_aborted(session.connection().connection.driver_connection):
             raise TransactionAbortedError("a database error aborted the transaction")
         self._commits.by_the_job |= not self._commits._is_ending
 

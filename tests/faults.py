@@ -57,10 +57,11 @@ def insert_and_have(name: str, moment: str, happen: Callable[[], object]) -> Non
 
     Args:
         name: Of the item.
-        moment: ``commit``: just before COMMIT is sent. ``commit returned``: just after
-            the server has answered. ``after commit``: when SQLAlchemy tells of it.
-            ``close``: when the session closes. All but the third need an executor that
-            is :data:`OBEDIENT`.
+        moment: ``commit event``: when SQLAlchemy tells that it is going to commit.
+            ``commit``: just before COMMIT is sent. ``commit returned``: just after the
+            server has answered. ``after commit``: when SQLAlchemy tells of it.
+            ``close``: when the session closes. All but the last but one need an engine
+            factory that is :func:`obedient`, and :data:`OBEDIENT`.
         happen: Called then.
     """
     jobs.insert_item(name)
@@ -76,17 +77,23 @@ def _obey(info: dict[Any, Any], moment: str) -> None:
         happen()
 
 
-def watch_commits() -> None:
-    """As an initializer: have the moments around COMMIT obey the job."""
-    engine = current_engine()
+def obedient(make_engine: Callable[[], Engine]) -> Callable[[], Engine]:
+    """Give an engine factory that has the moments around COMMIT obey the job."""
+    return partial(_make_obedient, make_engine)
+
+
+def _make_obedient(make_engine: Callable[[], Engine]) -> Engine:
+    engine = make_engine()
     do_commit = engine.dialect.do_commit
 
     def commit(connection: Any) -> None:
+        _obey(session.info, "commit")
         do_commit(connection)
         _obey(session.info, "commit returned")
 
     engine.dialect.do_commit = commit  # type: ignore[assignment]
-    event.listen(engine, "commit", lambda _connection: _obey(session.info, "commit"))
+    event.listen(engine, "commit", lambda _: _obey(session.info, "commit event"))
+    return engine
 
 
 class ObedientSession(Session):
@@ -98,11 +105,8 @@ class ObedientSession(Session):
         super().close()
 
 
-OBEDIENT: dict[str, Any] = {
-    "initializer": watch_commits,
-    "session_options": {"class_": ObedientSession},
-}
-"""Arguments of an executor in which :func:`insert_and_have` works."""
+OBEDIENT: dict[str, Any] = {"session_options": {"class_": ObedientSession}}
+"""With :func:`obedient`, what an executor needs for :func:`insert_and_have`."""
 
 
 def select_after_gate(name: str, address: tuple[str, int]) -> None:

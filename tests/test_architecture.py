@@ -57,13 +57,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_job": {"_boundary", "_channel", "_exceptions", "_options", "errors"},
     "_local": {"_channel", "_inheritance", "_parent", "_phase", "_worker"},
     "_endings": {"_exceptions", "_job", "errors"},
+    "_offer": {"_channel", "_job"},
     "_workers": {
-        "_boundary", "_channel", "_endings", "_exceptions", "_job", "_local", "_phase",
-        "_rules", "errors",
+        "_boundary", "_channel", "_endings", "_exceptions", "_job", "_local", "_offer",
+        "_phase", "_rules", "errors",
     },
     "_dispatcher": {
         "_boundary", "_channel", "_endings", "_exit", "_job", "_local", "_logs",
-        "_rules", "_stats", "_worker", "_workers", "errors",
+        "_offer", "_rules", "_stats", "_worker", "_workers", "errors",
     },
     "_executor": {
         "_arguments", "_boundary", "_dispatcher", "_job", "_local", "_logs",

@@ -80,7 +80,9 @@ def received_until_end(channel: Channel) -> list[Message]:
 
 def as_bytes(messages: Iterable[Message]) -> list[Message]:
     """Give messages that compare as what they say."""
-    return [Message(m.kind, [bytes(part) for part in m.parts]) for m in messages]
+    return [
+        Message(m.kind, [bytes(part) for part in m.parts], m.number) for m in messages
+    ]
 
 
 def encoded(messages: Sequence[Message]) -> bytes:
@@ -99,7 +101,8 @@ def encoded(messages: Sequence[Message]) -> bytes:
 
 
 SMALL = [
-    Message(Kind.JOB, [b"call"]),
+    Message(Kind.JOB, [b"call"], 1),
+    Message(Kind.RETURNED, [], (1 << 64) - 1),
     Message(Kind.READY, []),
     Message(Kind.RESULT, [b""]),
     Message(Kind.FAILURE, [b"", b"text", b"", b""]),
@@ -107,7 +110,7 @@ SMALL = [
 ]
 
 
-@pytest.mark.parametrize("message", SMALL, ids=[kind.name for kind, _ in SMALL])
+@pytest.mark.parametrize("message", SMALL, ids=[sample.kind.name for sample in SMALL])
 def test_message_arrives_as_it_was_sent(channels: Channels, message: Message) -> None:
     """Kind and parts come over, empty parts and no parts too."""
     mine, theirs = channels
@@ -121,7 +124,7 @@ def test_parts_may_be_any_buffer(channels: Channels) -> None:
     mine, theirs = channels
     numbers = memoryview(bytes(range(16))).cast("I")
     mine.send(Message(Kind.RESULT, [bytearray(b"a"), memoryview(b"bc"), numbers]))
-    assert received(theirs, 1) == [(Kind.RESULT, [b"a", b"bc", bytes(range(16))])]
+    assert received(theirs, 1) == [Message(Kind.RESULT, [b"a", b"bc", bytes(range(16))])]
 
 
 def test_one_read_gives_all_messages_that_are_there(channels: Channels) -> None:
@@ -173,7 +176,7 @@ def test_large_parts_arrive_between_small_messages(
     """A part that needs many reads keeps its place and its neighbours."""
     mine, theirs = channels
     parts = [bytes([n + 1]) * size for n, size in enumerate(sizes)]
-    large = Message(Kind.RESULT, parts)
+    large = Message(Kind.RESULT, parts, 7)
     sent = [Message(Kind.READY), large, Message(Kind.JOB, [b"next"]), large]
     mine.send(*sent[:3])
     mine.send(sent[3])
@@ -182,7 +185,7 @@ def test_large_parts_arrive_between_small_messages(
         assert is_readable(theirs, SECONDS), f"{len(got)} of {len(sent)} came"
         got += as_bytes(theirs.receive())
         mine.flush()
-    assert got == [(kind, list(parts)) for kind, parts in sent]
+    assert got == as_bytes(sent)
 
 
 def test_megabytes_cross_both_ways_at_once_without_deadlock(channels: Channels) -> None:
@@ -204,8 +207,8 @@ def test_megabytes_cross_both_ways_at_once_without_deadlock(channels: Channels) 
                 if mask & selectors.EVENT_READ:
                     got[channel] += as_bytes(channel.receive())
     left, right = channels
-    assert got[left] == [(Kind.RESULT, [b"head", payload[right]])]
-    assert got[right] == [(Kind.RESULT, [b"head", payload[left]])]
+    assert got[left] == [Message(Kind.RESULT, [b"head", payload[right]])]
+    assert got[right] == [Message(Kind.RESULT, [b"head", payload[left]])]
 
 
 def test_end_comes_after_all_messages(channels: Channels) -> None:
@@ -226,7 +229,7 @@ def test_message_that_the_end_cuts_off_is_lost(ends: Ends, size: int) -> None:
     data = encoded([Message(Kind.READY), Message(Kind.RESULT, [b"x" * size])])
     raw.sendall(data[: min(len(data) - 1, 1 << 17)])
     raw.close()
-    assert received_until_end(Channel(end)) == [(Kind.READY, [])]
+    assert received_until_end(Channel(end)) == [Message(Kind.READY, [])]
 
 
 @pytest.mark.parametrize("size", [10, MIB])
@@ -238,7 +241,7 @@ def test_answer_of_a_peer_that_died_with_unread_data_is_read(
     mine.send(Message(Kind.JOB, [b"x" * size]))
     theirs.send(Message(Kind.RESULT, [b"answer"]))
     theirs.close()
-    assert received_until_end(mine) == [(Kind.RESULT, [b"answer"])]
+    assert received_until_end(mine) == [Message(Kind.RESULT, [b"answer"])]
 
 
 def test_peer_that_is_gone_counts_as_nothing_left_to_send(channels: Channels) -> None:
@@ -262,7 +265,7 @@ def test_end_waits_for_what_is_unsent(channels: Channels) -> None:
     got: list[Message] = []
     while not mine.flush():
         got += theirs.receive()
-    assert as_bytes(got) + received_until_end(theirs) == [(Kind.JOB, parts)]
+    assert as_bytes(got) + received_until_end(theirs) == [Message(Kind.JOB, parts)]
 
 
 def test_end_of_sending_leaves_the_other_direction_open(channels: Channels) -> None:
@@ -270,7 +273,7 @@ def test_end_of_sending_leaves_the_other_direction_open(channels: Channels) -> N
     mine, theirs = channels
     mine.end_sending()
     theirs.send(Message(Kind.RESULT, [b"late"]))
-    assert received(mine, 1) == [(Kind.RESULT, [b"late"])]
+    assert received(mine, 1) == [Message(Kind.RESULT, [b"late"])]
 
 
 def test_ends_block_whatever_default_timeout_the_program_has_set() -> None:
@@ -290,7 +293,10 @@ PART = st.binary(max_size=300) | st.builds(
     st.integers(0, 255),
     st.sampled_from([1 << 12, 1 << 16, (1 << 16) + 1, 3 << 16]),
 )
-MESSAGES = st.lists(st.builds(Message, KINDS, st.lists(PART, max_size=4)), max_size=6)
+NUMBERS = st.integers(0, (1 << 64) - 1)
+MESSAGES = st.lists(
+    st.builds(Message, KINDS, st.lists(PART, max_size=4), NUMBERS), max_size=6
+)
 
 
 @settings(max_examples=60, deadline=None)

@@ -128,7 +128,9 @@ def test_failure_is_told_exactly_and_costs_one_job(
 ) -> None:
     """The row's error and outcome, its item as it says, and the innocent jobs done."""
     database.execute("INSERT INTO item (name, amount) VALUES ('locked', 0)")
-    executor = make_executor(database.make_engine, 1, **faults.OBEDIENT)
+    executor = make_executor(
+        faults.obedient(database.make_engine), 1, **faults.OBEDIENT
+    )
     before = executor.submit(jobs.insert_and_tell_pid, "before")
     view = executor.options(**fault.options)
     future: Future[object] = view.submit(fault.job, "a", *fault.args)
@@ -244,7 +246,9 @@ def test_worker_that_is_killed_while_it_sends_costs_no_other_job(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A result of 200 MB ends at any of its bytes: seen in two seconds, told exactly."""
-    executor = make_executor(sqlite_database.make_engine, 2, context, **faults.OBEDIENT)
+    executor = make_executor(
+        faults.obedient(sqlite_database.make_engine), 2, context, **faults.OBEDIENT
+    )
     chance = random.Random(4)
     job = failures.insert_and_give_bytes
     for i in range(4):

@@ -150,7 +150,9 @@ def test_death_at_commit_is_unknown(
     database: Database, make_executor: MakeExecutor
 ) -> None:
     """Once COMMIT has begun nothing is promised; here the row is not there."""
-    executor = make_executor(database.make_engine, 1, **faults.OBEDIENT)
+    executor = make_executor(
+        faults.obedient(database.make_engine), 1, **faults.OBEDIENT
+    )
     with pytest.raises(OutcomeUnknownError) as raised:
         executor.submit(*die_at("commit")).result(LONGEST)
     assert raised.value.outcome is Outcome.UNKNOWN
@@ -165,7 +167,9 @@ def test_death_before_the_commit_is_noted_is_unknown(
     database: Database, make_executor: MakeExecutor
 ) -> None:
     """The same error, and here the row is there: that is why nothing is promised."""
-    executor = make_executor(database.make_engine, 1, **faults.OBEDIENT)
+    executor = make_executor(
+        faults.obedient(database.make_engine), 1, **faults.OBEDIENT
+    )
     with pytest.raises(OutcomeUnknownError) as raised:
         executor.submit(*die_at("commit returned")).result(LONGEST)
     assert isinstance(raised.value.__cause__, WorkerDiedError)
@@ -187,7 +191,9 @@ def test_death_after_the_commit_was_noted_loses_the_result_alone(
     database: Database, make_executor: MakeExecutor
 ) -> None:
     """The row is there, and the error says so."""
-    executor = make_executor(database.make_engine, 1, **faults.OBEDIENT)
+    executor = make_executor(
+        faults.obedient(database.make_engine), 1, **faults.OBEDIENT
+    )
     with pytest.raises(ResultLostError, match="SIGKILL") as raised:
         executor.submit(*die_at("close")).result(LONGEST)
     assert raised.value.outcome is Outcome.COMMITTED
@@ -198,7 +204,9 @@ def test_death_while_a_large_result_is_sent_loses_the_result_alone(
     sqlite_database: Database, make_executor: MakeExecutor, gate: Gate
 ) -> None:
     """Half a result is not a result: the row is there, and the executor lives on."""
-    executor = make_executor(sqlite_database.make_engine, 2, **faults.OBEDIENT)
+    executor = make_executor(
+        faults.obedient(sqlite_database.make_engine), 2, **faults.OBEDIENT
+    )
     is_held, may_go_on = threading.Event(), threading.Event()
 
     def hold(_future: object) -> None:

@@ -16,8 +16,9 @@ from dbpool_executor._rules import (
     delay_after_failed_start,
     delay_before_repeat,
     jobs_to_send,
+    seconds_to_nap,
     outcome_at_end,
-    updated_seconds_per_job,
+    updated_estimate,
     workers_to_start,
 )
 from dbpool_executor.errors import Outcome
@@ -178,8 +179,8 @@ def test_job_that_was_taken_back_does_not_begin() -> None:
         (50, 1, math.inf, 2, 0),  # and no other before it is answered
         (50, 0, 1.0, 2, 1),  # long ones go alone
         (50, 1, 1.0, 2, 0),
-        (50, 0, 0.0015, 2, 1),
-        (50, 0, 0.001, 1, 2),  # two milliseconds of work
+        (50, 0, 0.003, 2, 1),
+        (50, 0, 0.001, 1, 4),  # four milliseconds of work
         (1000, 0, 20e-6, 2, 100),
         (1000, 0, 1e-6, 2, 100),  # never more than a hundred
         (10, 0, 20e-6, 2, 5),  # shared among the workers
@@ -212,17 +213,49 @@ def test_idle_worker_always_gets_a_job_and_none_gets_too_much() -> None:
         )
         assert 0 <= count <= waiting
         assert sent or not waiting or count >= 1
-        assert not count or sent + count == 1 or (sent + count) * seconds <= 0.0021
+        assert not count or sent + count == 1 or (sent + count) * seconds <= 0.0041
         assert not count or sent + count <= 100
+
+
+@pytest.mark.parametrize(
+    ("waiting", "sent", "seconds_per_job", "bytes_per_answer", "milliseconds"),
+    [
+        (0, 1, 20e-6, 50, 0),  # the only one: its answer is waited for
+        (0, 0, 20e-6, 50, 0),
+        (0, 8, 20e-6, 50, 0),  # not worth it
+        (0, 20, 20e-6, 50, 0.2),  # half of what is left
+        (0, 100, 20e-6, 50, 1),
+        (900, 100, 20e-6, 50, 0.5),  # half of what is left until it can be sent more
+        (900, 50, 20e-6, 50, 0),
+        (0, 100, 20e-6, 400, 0),  # it would have to wait for a reader
+        (0, 2, 0.3, 50, 2),  # never longer than half a group is meant to take
+        (0, 2, math.inf, math.inf, 0),
+    ],
+)
+def test_nap_while_answers_add_up(
+    waiting: int,
+    sent: int,
+    seconds_per_job: float,
+    bytes_per_answer: float,
+    milliseconds: float,
+) -> None:
+    """Each row is one situation and the nap that it allows."""
+    nap = seconds_to_nap(
+        waiting=waiting,
+        sent=sent,
+        seconds_per_job=seconds_per_job,
+        bytes_per_answer=bytes_per_answer,
+    )
+    assert nap == pytest.approx(milliseconds / 1000)
 
 
 def test_estimate_goes_up_at_once_and_down_slowly() -> None:
     """One long job stops the sending ahead; it takes many short ones to resume it."""
-    assert updated_seconds_per_job(math.inf, 0.5) == 0.5
-    assert updated_seconds_per_job(1e-5, 3.0) == 3.0
+    assert updated_estimate(math.inf, 0.5) == 0.5
+    assert updated_estimate(1e-5, 3.0) == 3.0
     known, steps = 3.0, 0
     while known > 1e-4:
-        smaller = updated_seconds_per_job(known, 1e-5)
+        smaller = updated_estimate(known, 1e-5)
         assert 1e-5 < smaller < known
         known, steps = smaller, steps + 1
     assert 20 < steps < 200

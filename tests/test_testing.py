@@ -208,7 +208,7 @@ def both(
     else:
         url = request.getfixturevalue("postgresql_url")
         database = servers.on_server(request.param, url)
-    factory = database.make_engine
+    factory = faults.obedient(database.make_engine)
     with (
         DBPoolExecutor(factory, 1, **faults.OBEDIENT) as real,
         InlineExecutor(factory, 1, **faults.OBEDIENT) as inline,

@@ -46,7 +46,9 @@ def test_result_comes_after_the_commit(
     database: Database, make_executor: MakeExecutor, gate: Gate
 ) -> None:
     """A future is not done while COMMIT is held up, and then the row is there."""
-    executor = make_executor(database.make_engine, 1, **faults.OBEDIENT)
+    executor = make_executor(
+        faults.obedient(database.make_engine), 1, **faults.OBEDIENT
+    )
     hold = partial(jobs.wait_at_gate, gate.address)
     seen: list[int] = []
     future = executor.submit(faults.insert_and_have, "held up", "commit", hold)
@@ -130,12 +132,14 @@ def test_failed_commit_leaves_nothing_to_the_next_job(
     database: Database, make_executor: MakeExecutor
 ) -> None:
     """A job that a listener to commits refuses is not committed by its successor."""
-    executor = make_executor(database.make_engine, 1, **faults.OBEDIENT)
+    executor = make_executor(
+        faults.obedient(database.make_engine), 1, **faults.OBEDIENT
+    )
     refuse = partial(faults.explode, PermissionError("refused"))
     with pytest.raises(PermissionError):
-        executor.submit(faults.insert_and_have, "refused", "commit", refuse).result(
-            LONGEST
-        )
+        executor.submit(
+            faults.insert_and_have, "refused", "commit event", refuse
+        ).result(LONGEST)
     executor.submit(jobs.insert_item, "next").result(LONGEST)
     assert database.names() == {"next"}
 

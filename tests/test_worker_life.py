@@ -207,7 +207,9 @@ def test_half_an_answer_does_not_hold_up_the_others(
     sqlite_database: Database, make_executor: MakeExecutor, gate: Gate
 ) -> None:
     """A worker is stopped in the middle of a large result."""
-    executor = make_executor(sqlite_database.make_engine, 2, **faults.OBEDIENT)
+    executor = make_executor(
+        faults.obedient(sqlite_database.make_engine), 2, **faults.OBEDIENT
+    )
     executor.submit(jobs.pid).result(LONGEST)
     job = failures.insert_and_give_bytes
     large = executor.submit(job, "large", 300_000_000, gate.address)
