@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.reduction import ForkingPickler
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import sqlalchemy
@@ -26,6 +27,9 @@ from sqlalchemy.pool import PoolProxiedConnection
 from ._places import asyncio_classes, full_name, innermost, place_of
 from .errors import NotPlainError, Outcome
 
+_SHORT = {type(None), bool, int, float}  # as plain as can be, and of a few bytes
+_ATOMS = _SHORT | {str}
+
 Buffer = bytes | bytearray | memoryview
 """One piece of a message."""
 
@@ -36,6 +40,7 @@ WITH_CODE = (
 """What to add where a function or class could not cross."""
 
 _PROTOCOL = 5  # the first with out-of-band buffers (PEP 574)
+_dumps = functools.partial(pickle.dumps, protocol=_PROTOCOL)
 
 
 class Remedy(NamedTuple):
@@ -243,8 +248,12 @@ def dumps_call(
         NotPlainError: An argument is tied to a session or connection.
         Exception: Whatever the pickling of an argument raises.
     """
+    # A pickler that asks for more costs more than all the rest of a short call.
+    is_simple = (
+        type(fn) is FunctionType and not kwargs and _ATOMS.issuperset(map(type, args))
+    )
     try:
-        return with_code((fn, args, kwargs), pickled)
+        return with_code((fn, args, kwargs), _dumps if is_simple else pickled)
     except RefusedError as refused:
         roots = {"fn": fn, "args": args, "kwargs": kwargs}
         raise _not_plain(refused.args[0], roots, Outcome.NEVER_STARTED) from None
@@ -290,9 +299,11 @@ def dumps_result(value: object) -> list[Buffer]:
 
 
 def _parts_of(value: object) -> list[Buffer]:
+    if type(value) in _SHORT:
+        return [_dumps(value)]
     buffers: list[pickle.PickleBuffer] = []
     try:
-        body = pickled(value, buffers)
+        body = _pickled_in_spare(value, buffers)
     except (pickle.PicklingError, AttributeError) as exc:
         # A class of a notebook, which only its code has brought here. Of no other error
         # is the text asked for: that of a refused value would be the value's own.
@@ -302,6 +313,27 @@ def _parts_of(value: object) -> list[Buffer]:
         buffers.clear()
         body = pickled(value, buffers, pickler)
     return [body, *(buffer.raw() for buffer in buffers)]
+
+
+# Memory for the next pickle of a result. To have the system make as many new pages for
+# a large one costs more than the pickling.
+_spares: list[io.BytesIO] = []
+_SPARE_MOST = 1 << 23  # bytes
+
+
+def _pickled_in_spare(value: object, buffers: list[pickle.PickleBuffer]) -> Buffer:
+    try:
+        out = _spares.pop()
+        out.seek(0)
+        out.write(b"")  # refused as long as there is a view of it
+    except (IndexError, BufferError):
+        out = io.BytesIO()
+    BoundaryPickler(out, _PROTOCOL, buffer_callback=buffers.append).dump(value)
+    size = out.tell()
+    body = out.getbuffer()[:size]
+    if size <= _SPARE_MOST:
+        _spares.append(out)
+    return body
 
 
 def loads_result(parts: Sequence[Buffer]) -> object:

@@ -3,7 +3,7 @@
 Runs in both processes. A message is a kind and some parts, framed as::
 
     kind: 1 byte | number of a job: 8 bytes | number of parts: 4 bytes |
-    length of each: 8 bytes | the parts
+    length of the first part: 8 bytes | of each other part: 8 bytes | the parts
 
 The parent's end never blocks; the worker's end does. The end of the stream is itself a
 message: to a worker that there are no more jobs (the parent closed its side, or is
@@ -26,8 +26,9 @@ from typing import NamedTuple
 
 from ._boundary import Buffer
 
-_HEAD = struct.Struct("<BQI")
+_HEAD = struct.Struct("<BQIQ")  # nearly all messages have one part
 _READ_SIZE = 1 << 16  # one read takes many small messages
+_SPARE_MOST = 1 << 23  # bytes of memory that is kept for the next large message
 _COPY_LIMIT = 1 << 16  # below it, joining the parts is cheaper than a call for each
 
 
@@ -73,6 +74,7 @@ class Channel:
         self._end = end
         self._received = b""  # the beginning of a message
         self._large: _LargeMessage | None = None  # its parts are still arriving
+        self._spare = bytearray()  # memory for the first part of the next large one
         self._unsent: deque[memoryview] = deque()
         self._ending = False
         self.bytes_received = 0
@@ -116,14 +118,13 @@ class Channel:
         """
         small: list[Buffer] = []  # in one call to the system
         for message in messages:
-            head, *parts = frame(message)
-            small.append(head)
-            if sum(map(_size, parts)) <= _COPY_LIMIT:
-                small += parts
+            buffers = frame(message)
+            if sum(map(_size, buffers)) <= _COPY_LIMIT:
+                small += buffers
             else:
-                self._unsent.append(memoryview(b"".join(small)))
+                self._unsent.append(memoryview(b"".join([*small, buffers[0]])))
                 small = []
-                views = (memoryview(part).cast("B") for part in parts)
+                views = (memoryview(part).cast("B") for part in buffers[1:])
                 self._unsent.extend(view for view in views if view)
         if small:
             self._unsent.append(memoryview(b"".join(small)))
@@ -196,19 +197,23 @@ class Channel:
         messages: list[Message] = []
         start = 0
         while len(data) - start >= _HEAD.size:
-            _, _, count = _HEAD.unpack_from(data, start)
-            head = _head_of(count)
-            body = start + head.size
-            if len(data) < body:
-                break
-            code, number, _, *lengths = head.unpack_from(data, start)
+            code, number, count, length = _HEAD.unpack_from(data, start)
+            body = start + _HEAD.size
+            lengths = [length] if count else []
+            if count > 1:
+                more = _lengths(count - 1)
+                if len(data) - body < more.size:
+                    break
+                lengths += more.unpack_from(data, body)
+                body += more.size
             kind = _KINDS[code]
             end = body + sum(lengths)
             if len(data) < end:
                 if end - start > _COPY_LIMIT:
                     # Received straight into its parts from here on, not copied twice.
-                    begun = data[body:]
-                    self._large = _LargeMessage(kind, number, lengths, begun)
+                    memory = self._memory_for(length)
+                    self._large = _LargeMessage(kind, number, lengths, memory)
+                    self._large.take(data[body:])
                     return messages
                 break
             parts: list[Buffer] = []
@@ -219,6 +224,22 @@ class Channel:
             start = end
         self._received = data[start:]
         return messages
+
+    def _memory_for(self, length: int) -> memoryview | bytearray:
+        """Give memory for a part, that of an earlier one if nobody looks into it.
+
+        To have the system make as many new pages costs more than to copy them.
+        """
+        if length > _SPARE_MOST:
+            return bytearray(length)
+        try:
+            self._spare.append(0)  # refused as long as there is a view of it
+            self._spare.pop()
+        except BufferError:
+            self._spare = bytearray()
+        if len(self._spare) < length:
+            self._spare = bytearray(length)
+        return memoryview(self._spare)[:length]
 
     def _receive_large(self, large: _LargeMessage) -> list[Message]:
         count = self._end.recv_into(large.missing[0])
@@ -235,18 +256,20 @@ class Channel:
 def frame(message: Message) -> list[Buffer]:
     """Give what is sent for a message: its head, then its parts."""
     kind, parts, number = message
-    head = _head_of(len(parts))
-    return [head.pack(kind, number, len(parts), *map(_size, parts)), *parts]
+    if len(parts) == 1:
+        return [_HEAD.pack(kind, number, 1, _size(parts[0])), parts[0]]
+    first, *others = map(_size, parts) if parts else (0,)
+    head = _HEAD.pack(kind, number, len(parts), first)
+    return [head + _lengths(len(others)).pack(*others), *parts]
 
 
 def _size(part: Buffer) -> int:
-    return memoryview(part).nbytes
+    return part.nbytes if isinstance(part, memoryview) else len(part)
 
 
 @functools.lru_cache(maxsize=16)
-def _head_of(count: int) -> struct.Struct:
-    """Give the form of all that comes before the parts, of which there are so many."""
-    return struct.Struct(f"{_HEAD.format}{count}Q")
+def _lengths(count: int) -> struct.Struct:
+    return struct.Struct(f"<{count}Q")
 
 
 class SharedChannel(Channel):
@@ -288,13 +311,18 @@ class _LargeMessage:
     """A message whose parts are allocated and arrive in place."""
 
     def __init__(
-        self, kind: Kind, number: int, lengths: Sequence[int], begun: bytes
+        self, kind: Kind, number: int, lengths: Sequence[int], memory: Buffer
     ) -> None:
         self.kind = kind
         self.number = number
-        self.parts = [bytearray(length) for length in lengths]
+        # A pickle comes first, and is copied when it is read. Of the buffers behind it
+        # values are made without a copy.
+        others = (bytearray(length) for length in lengths[1:])
+        self.parts: list[Buffer] = [memory, *others]
         self.missing = deque(memoryview(part) for part in self.parts if part)
-        rest = memoryview(begun)
+
+    def take(self, data: bytes) -> None:
+        rest = memoryview(data)
         while rest:
             count = min(len(rest), len(self.missing[0]))
             self.missing[0][:count] = rest[:count]

@@ -130,14 +130,17 @@ class Database:
         self._was_opened = self._was_lent = False
 
     def run(
-        self, job: Callable[[], object], options: JobOptions = DEFAULTS, name: str = ""
+        self,
+        job: Callable[[], object],
+        options: JobOptions = DEFAULTS,
+        fn: Callable[..., object] | None = None,
     ) -> list[Buffer]:
         """Run a job as one transaction.
 
         Args:
             job: The call.
             options: How to run it.
-            name: What to call it in a warning.
+            fn: What it calls, for a warning.
 
         Returns:
             The pickled result.
@@ -173,7 +176,7 @@ class Database:
             self._commits.end_job()
             self._end_session()
             if self._was_lent:
-                self._take_back(name)
+                self._take_back(getattr(fn, "__qualname__", repr(fn)))
             del _here.database
 
     @property
@@ -243,28 +246,28 @@ class Database:
         if options.resolve and self.engine.dialect.name != "postgresql":
             raise ResolveNotSupportedError(self.engine.dialect.name)
         result = job()
-        commits = options.commit and self._has_session()
-        if commits:
-            session.flush()
+        current = session() if options.commit and self._has_session() else None
+        if current is not None:
+            current.flush()
         # Pickled before the commit: a job whose result cannot travel must be rolled
         # back, not committed and then reported as failed.
         parts = dumps_result(result)
         self._commits.end_job()
-        if commits:
-            self._commit()
+        if current is not None:
+            self._commit(current)
         self.alarm.begin_commit()
         if options.commit and not self._commits.by_the_job:
             self._record.advance(Phase.COMMITTED)
         return parts
 
-    def _commit(self) -> None:
+    def _commit(self, current: Session) -> None:
         xid = None
         # Of more than one transaction no answer would be the whole truth.
         if self._options.resolve and not self._commits.by_the_job:
-            xid = _resolution.current_xid(session())
+            xid = _resolution.current_xid(current)
             self._record.note_xid(xid)
         try:
-            session.commit()
+            current.commit()
         except BaseException as exc:
             phase = self._record.read().phase
             if phase is Phase.COMMITTED:

@@ -33,6 +33,7 @@ from ._workers import Worker, Workers
 from .errors import DBPoolError, Outcome, OutcomeUnknownError, WorkerDiedError
 
 _FAILURE_PARTS = 3
+_WAY_SECONDS = 5e-5  # for which a caller gives way
 
 log = logging.getLogger("dbpool_executor")
 
@@ -72,6 +73,7 @@ class Dispatcher:
         self._thread: threading.Thread | None = None
         # True while the thread sleeps and a new job would be something to do.
         self._listening = False
+        self._is_acting = False  # the thread has something to do for the workers
         # While it sleeps: what a caller may do without it.
         self._offer: Offer | None = None
         self._bell, self._ear = make_ends()
@@ -110,6 +112,10 @@ class Dispatcher:
                 is_heard = not self._listening
         if not is_heard:
             self._wake()
+        if self._is_acting:
+            # It is in a call to the system. When that returns it would have to wait for
+            # the interpreter, 5 ms by default, if this thread submitted on and on.
+            time.sleep(_WAY_SECONDS)
 
     def check_open(self) -> None:
         """Raise as :meth:`add` would in the process that made the executor."""
@@ -273,11 +279,16 @@ class Dispatcher:
         # A busy worker is sent more when it answers: what is submitted until then adds
         # up to a full message.
         self._listening = bool(workers.idle) or workers.has_room
-        if self._listening and not (self._waiting or self._closing):
+        timeout = self._seconds_to_wait()
+        if self._listening and timeout != 0.0 and not self._closing:
             self._offer = workers.offer()
-        # Only now, since whoever is woken may have the next job at once.
+        # Last: whoever is woken needs the interpreter, which is let go of only now.
+        self._is_acting = False
         self._settle()
-        events = self._selector.select(self._seconds_to_wait())
+        if not self._listening and (nap := workers.seconds_to_nap(len(self._waiting))):
+            time.sleep(nap)
+        events = self._selector.select(0.0 if self._told else timeout)
+        self._is_acting = True
         self._listening = False
         self._offer = None
         workers.withdraw()
@@ -297,13 +308,10 @@ class Dispatcher:
         workers = self._workers
         # Looked at again now that the flag is up: what came in between rang no bell.
         waiting = len(self._waiting)
-        due = waiting and (
-            workers.idle or workers.failure or workers.starts_due(waiting)
-        )
-        if due or self._told or self._is_over():
+        if waiting and (workers.idle or workers.failure or workers.starts_due(waiting)):
             return 0.0
-        if not self._listening and (nap := workers.seconds_to_nap(waiting)):
-            time.sleep(nap)
+        if self._is_ending() and not (workers.all or self._later):
+            return 0.0
         timeout = workers.seconds_to_deadline(waiting)
         if self._later:
             pause = max(0.0, self._later[0][0] - time.monotonic())

@@ -21,6 +21,9 @@ class Phase(enum.IntEnum):
     COMMITTED = 3
 
 
+_RUNNING = Phase.RUNNING.value
+
+
 class Progress(NamedTuple):
     """What a record says.
 
@@ -56,12 +59,12 @@ class PhaseRecord:
         # begun() read a while later: at least one of the two sees the other.
         self._begun = number
         self._words[2] = 0  # what another job has noted
-        self.advance(Phase.RUNNING)
+        self._words[0] = number << 2 | _RUNNING
         return number > self._words[1]
 
     def advance(self, phase: Phase) -> None:
         """Note the phase of the job that was begun last."""
-        self._words[0] = self._begun << 2 | phase
+        self._words[0] = self._begun << 2 | phase.value
 
     def read(self) -> Progress:
         """Read the record, in either process."""

@@ -19,8 +19,8 @@ DELIVERY_ATTEMPTS = 3
 PATIENCE = 0.005
 """Seconds a worker may be at one job before those sent ahead to it are taken back."""
 
-_GROUP_SECONDS = 0.004  # work that may be sent ahead to one worker
-_GROUP_MOST = 100  # jobs, however short
+_GROUP_SECONDS = 0.005  # work that may be sent ahead to one worker
+_GROUP_MOST = 500  # jobs, however short
 _UNREAD_MOST = 1 << 15  # bytes that a channel takes on every system
 _SHORTEST_NAP = 0.0002  # seconds; below it the system's timers cost more than they save
 
@@ -85,14 +85,15 @@ def seconds_to_nap(
         bytes_per_answer: How long recent answers were.
 
     Returns:
-        Half of the time until that worker can be sent more, or has no more to do: an
-        estimate may be too high. 0 if it is not worth it.
+        The time until that worker can be sent more: it has half a group left then. Or
+        half of the time until it has no more to do, since an estimate may be too high.
+        0 if it is not worth it.
     """
     # A worker that has filled its channel waits for a reader.
     if sent < 2 or sent * bytes_per_answer > _UNREAD_MOST:
         return 0.0
-    ahead = sent - _group(seconds_per_job) // 2 if waiting else sent
-    nap = min(ahead * seconds_per_job, _GROUP_SECONDS) / 2
+    ahead = sent - _group(seconds_per_job) // 2 if waiting else sent / 2
+    nap = min(ahead * seconds_per_job, _GROUP_SECONDS / 2)
     return nap if nap >= _SHORTEST_NAP else 0.0
 
 
@@ -114,19 +115,21 @@ def delay_before_repeat(attempts: int, random: float) -> float:
     return float(min(_FIRST_REPEAT * 2**doublings, _LONGEST_DELAY) * random)
 
 
-def updated_estimate(known: float, sample: float) -> float:
+def updated_estimate(known: float, sample: float, jobs: int = 1) -> float:
     """Update the estimate of how long a job takes, or its answer is.
 
     Args:
         known: The estimate so far; infinite if there is none.
-        sample: What one job took, or has taken up to now.
+        sample: What jobs took, on average, or one has taken up to now.
+        jobs: How many.
 
     Returns:
-        Up at once, since to send jobs behind a long one is a mistake; down slowly.
+        Up at once, since to send jobs behind a long one is a mistake; down slowly, by
+        an eighth of the difference for each job.
     """
-    return (
-        sample if sample > known or math.isinf(known) else known + (sample - known) / 8
-    )
+    if sample > known or math.isinf(known):
+        return sample
+    return sample + (known - sample) * 0.875**jobs
 
 
 def delay_after_failed_start(failures: int, ready: int) -> float | None:

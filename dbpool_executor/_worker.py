@@ -33,7 +33,7 @@ from ._exceptions import dumps_exception, set_cause
 from ._inheritance import bury_inherited
 from ._logs import Forwarder, Levels
 from ._notes import notes_on, watch_limit
-from ._options import loads_options
+from ._options import DEFAULTS, loads_options
 from ._phase import PhaseRecord
 from ._places import full_name
 from ._resolution import outcome_of
@@ -224,10 +224,9 @@ def _run(database: Database, job: Message) -> Message:
         error = ArgumentsLostError(what)
         set_cause(error, exc)
         return Message(Kind.FAILURE, dumps_exception(error))
-    options = loads_options(*map(bytes, encoded))
-    name = getattr(fn, "__qualname__", repr(fn))
+    options = loads_options(*map(bytes, encoded)) if encoded else DEFAULTS
     try:
-        parts = database.run(partial(_call, fn, args, kwargs), options, name)
+        parts = database.run(partial(_call, fn, args, kwargs), options, fn)
     except Exception as exc:
         trace = exc.__traceback__
         while trace is not None and trace.tb_frame.f_globals.get("__package__") == (

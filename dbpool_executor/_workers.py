@@ -285,9 +285,9 @@ class Workers:
         if count:
             worker.answered += count
             busy, received = worker.body.busy(), worker.body.channel.bytes_received
-            self._learn((busy - worker.busy) / count)
+            self._learn((busy - worker.busy) / count, count)
             self._bytes_per_answer = _rules.updated_estimate(
-                self._bytes_per_answer, (received - worker.received) / count
+                self._bytes_per_answer, (received - worker.received) / count, count
             )
             worker.busy, worker.received = busy, received
             worker.since = time.monotonic()
@@ -334,9 +334,9 @@ class Workers:
             bytes_per_answer=self._bytes_per_answer,
         )
 
-    def _learn(self, sample: float) -> None:
+    def _learn(self, sample: float, jobs: int = 1) -> None:
         self._seconds_per_job = _rules.updated_estimate(
-            self._seconds_per_job, max(sample, 1e-6)
+            self._seconds_per_job, max(sample, 1e-6), jobs
         )
 
     def _note_sent_less(self, worker: Worker) -> None:
