@@ -1,223 +1,199 @@
 """Measures the executor against what a user would take instead, in one run.
 
-    python benchmarks/run.py [--rounds N] [--workers N] [--scenario NAME] [--json]
+    python benchmarks/run.py [--scenario NAME]... [--contender NAME]... [--rounds N]
 
-The contenders take turns round by round, so that a noisy minute hits all of them; what
-counts are the ratios of their medians. Results are checked inside what is timed. The
-scenarios with rows need PostgreSQL: DBPOOL_BENCH_URL says where.
+Each sample is taken by a program of its own (``sample.py``), which starts one contender
+with fresh workers, warms them, measures, and ends: at no time is anything of another
+contender there to disturb, neither a thread that polls nor a process that the workers
+are forked from. The contenders take turns, each round in another order, so that a noisy
+minute hits all of them; what counts are the ratios of their medians.
+
+DBPOOL_BENCH_URL says where PostgreSQL is, for the scenarios with rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import multiprocessing
 import os
 import platform
+import signal
 import statistics
+import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
-from contextlib import contextmanager
-from importlib.metadata import version
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
 
-from sqlalchemy import create_engine, text
+from contenders import CONTENDERS, OURS
+from database import execute, tables
+from scenarios import GOALS, SCENARIOS
 
-import jobs
-from dbpool_executor import DBPoolExecutor
-
-ROWS = 1000
+LONGEST_SAMPLE, LONGEST_QUICK_SAMPLE = 120.0, 30.0
+"""Seconds after which a sample is given up: some pools replace workers that fail for ever."""
 
 
-class Contender(NamedTuple):
-    """Something that runs jobs: how it submits one, and which functions it is given."""
-
-    submit: Callable[..., Callable[[], Any]]
-    hand_written: bool = True
+class SampleError(Exception):
+    """A sample could not be taken, or a result was wrong."""
 
 
-def of_executor(executor: Executor) -> Callable[..., Callable[[], Any]]:
-    """Submit to an executor."""
-    return lambda fn, *args: executor.submit(fn, *args).result
+def take_sample(longest: float, *args: str) -> dict[str, float]:
+    """Run the program that measures, and leave none of its processes behind."""
+    command = [sys.executable, Path(__file__).with_name("sample.py"), *args]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as program:
+        try:
+            output, _ = program.communicate(timeout=longest)
+        except subprocess.TimeoutExpired as exc:
+            raise SampleError("it takes too long") from exc
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(program.pid, signal.SIGKILL)
+    if program.returncode != 0:
+        raise SampleError(f"it ended with {program.returncode}; see above")
+    return json.loads(output)
 
 
-def of_pool(pool: Any) -> Callable[..., Callable[[], Any]]:
-    """Submit to a multiprocessing.Pool."""
-    return lambda fn, *args: pool.apply_async(fn, args).get
+def measure(
+    scenarios: list[str], contenders: list[str], rounds: int, workers: int, quick: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """Take all samples.
 
-
-def bare(workers: int) -> Callable[[Callable[..., Any], list[int]], float]:
-    """Give the same loop in as many processes with no executor: seconds for all."""
-
-    def run(fn: Callable[..., Any], keys: list[int]) -> float:
-        context = multiprocessing.get_context("fork")
-        ready, go = context.Barrier(workers + 1), context.Barrier(workers + 1)
-        done = context.Barrier(workers + 1)
-        parts = [keys[i::workers] for i in range(workers)]
-        args = (fn, ready, go, done)
-        processes = [context.Process(target=_loop, args=(*args, p)) for p in parts]
-        for process in processes:
-            process.start()
-        ready.wait()
-        start = time.perf_counter()
-        go.wait()
-        done.wait()
-        seconds = time.perf_counter() - start
-        for process in processes:
-            process.join()
-        return seconds
-
-    return run
-
-
-def _loop(fn: Any, ready: Any, go: Any, done: Any, keys: list[int]) -> None:
-    jobs.connect()
-    fn(keys[0])
-    ready.wait()
-    go.wait()
-    for key in keys:
-        fn(key)
-    done.wait()
-
-
-@contextmanager
-def contenders(workers: int) -> Iterator[dict[str, Contender]]:
-    """Start every contender, with workers that are warm."""
-    context = multiprocessing.get_context("forkserver")
-    with (
-        DBPoolExecutor(jobs.make_engine, workers) as ours,
-        ProcessPoolExecutor(workers, context, jobs.connect) as standard,
-        context.Pool(workers, jobs.connect) as pool,
-    ):
-        found = {
-            "dbpool_executor": Contender(of_executor(ours), hand_written=False),
-            "ProcessPoolExecutor": Contender(of_executor(standard)),
-            "multiprocessing.Pool": Contender(of_pool(pool)),
-        }
-        for contender in found.values():
-            _all_at_once(contender, jobs.trivial, list(range(200)))
-        yield found
-
-
-def _all_at_once(contender: Contender, fn: Any, keys: list[int]) -> float:
-    start = time.perf_counter()
-    results = [contender.submit(fn, key) for key in keys]
-    got = [result() for result in results]
-    seconds = time.perf_counter() - start
-    assert len(got) == len(keys)
-    return seconds
-
-
-def _one_by_one(contender: Contender, fn: Any, keys: list[int]) -> float:
-    start = time.perf_counter()
-    for key in keys:
-        contender.submit(fn, key)()
-    return time.perf_counter() - start
-
-
-class Scenario(NamedTuple):
-    """What is measured: how, with which functions, and how many jobs."""
-
-    measure: Callable[[Contender, Any, list[int]], float]
-    ours: Any
-    by_hand: Any
-    keys: list[int]
-    has_bare_loop: bool = False
-
-
-SCENARIOS = {
-    "trivial jobs, rate": Scenario(
-        _all_at_once, jobs.trivial, jobs.trivial, list(range(10_000))
-    ),
-    "trivial jobs, round trip": Scenario(
-        _one_by_one, jobs.trivial, jobs.trivial, list(range(2_000))
-    ),
-    "1 MB results, rate": Scenario(
-        _all_at_once, jobs.data, jobs.data, [1_000_000] * 100
-    ),
-    "one-row read, rate": Scenario(
-        _all_at_once, jobs.read_ours, jobs.read_by_hand, [*range(1, ROWS + 1)] * 3, True
-    ),
-    "one-row read, round trip": Scenario(
-        _one_by_one, jobs.read_ours, jobs.read_by_hand, [*range(1, ROWS + 1)]
-    ),
-    "one-row update, rate": Scenario(
-        _all_at_once, jobs.update_ours, jobs.update_by_hand, [*range(1, ROWS + 1)], True
-    ),
-}
-
-
-def measure(names: list[str], rounds: int, workers: int) -> dict[str, Any]:
-    """Run the scenarios and give all samples, in seconds."""
-    samples: dict[str, dict[str, list[float]]] = {}
-    for name in names:
+    Returns:
+        The samples by scenario, figure and contender; and what went wrong.
+    """
+    samples: dict[str, dict[str, dict[str, list[float]]]] = {}
+    failures = []
+    for name in scenarios:
         scenario = SCENARIOS[name]
+        size = scenario.quick if quick else scenario.size
+        longest = LONGEST_QUICK_SAMPLE if quick else LONGEST_SAMPLE
+        turns = [other for other in scenario.contenders if other in contenders]
         found = samples[name] = {}
-        for _ in range(rounds):
-            # The loop with no executor forks, so it runs while no other is there.
-            if scenario.has_bare_loop:
-                seconds = bare(workers)(scenario.by_hand, scenario.keys)
-                found.setdefault("no executor", []).append(seconds)
-        with contenders(workers) as running:
-            for _ in range(rounds):
-                for label, contender in running.items():
-                    fn = scenario.by_hand if contender.hand_written else scenario.ours
-                    seconds = scenario.measure(contender, fn, scenario.keys)
-                    found.setdefault(label, []).append(seconds)
-    return samples
+        with tables() if scenario.has_tables else contextlib.nullcontext():
+            for turn in range(rounds):
+                first = turn % len(turns) if turns else 0
+                for contender in turns[first:] + turns[:first]:
+                    print(f"{name}, round {turn + 1}: {contender}", file=sys.stderr)
+                    try:
+                        figures = take_sample(
+                            longest, name, contender, str(workers), str(size)
+                        )
+                    except SampleError as exc:
+                        failures.append(f"{name}, {contender}: {exc}")
+                        continue
+                    for figure, value in figures.items():
+                        of_figure = found.setdefault(figure, {})
+                        of_figure.setdefault(contender, []).append(value)
+    return samples, failures
 
 
-def report(samples: dict[str, Any]) -> Iterator[str]:
-    """Give the lines of a table: microseconds a job, and the ratio to ours."""
-    for name, found in samples.items():
-        count = len(SCENARIOS[name].keys)
-        ours = statistics.median(found["dbpool_executor"])
-        yield f"{name} ({count} jobs)"
-        for label, seconds in found.items():
-            median = statistics.median(seconds)
-            each = median / count * 1e6
-            yield f"  {label:22}{each:10.1f} us a job   {median / ours:6.2f} x ours"
+def medians(found: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Give the median of each figure and contender of a scenario."""
+    return {
+        figure: {name: statistics.median(values) for name, values in by_name.items()}
+        for figure, by_name in found.items()
+    }
+
+
+def report(run: dict[str, Any]) -> Iterator[str]:
+    """Give the lines of the tables: medians, ranges, ratios to ours, and the goals."""
+    machine = ", ".join(f"{name} {value}" for name, value in run["machine"].items())
+    versions = ", ".join(f"{name} {value}" for name, value in run["versions"].items())
+    yield machine
+    yield versions
+    yield f"workers: {run['workers']}, rounds: {run['rounds']}; median (least, most)"
+    yield from (f"{name} is not installed and is left out" for name in run["left_out"])
+    yield from (f"FAILED: {failure}" for failure in run["failures"])
+    for name, found in run["samples"].items():
+        middle = medians(found)
+        yield ""
+        yield name
+        for figure, by_name in found.items():
+            yield f"  {figure}"
+            ours = middle[figure].get(OURS)
+            for contender, values in by_name.items():
+                median = middle[figure][contender]
+                span = f"({min(values):.1f}, {max(values):.1f})"
+                ratio = f"{median / ours:8.2f} x ours" if ours else ""
+                yield f"    {contender:22}{median:12.1f} {span:24}{ratio}".rstrip()
+        for goal in GOALS:
+            if goal.scenario == name:
+                value = goal.value(middle)
+                if value is None:
+                    continue
+                verdict = "met" if goal.is_met_by(value) else "not met"
+                times = " x" if goal.than else ""
+                yield f"  goal: {goal}: {value:.2f}{times}, {verdict}"
+
+
+def describe_machine(has_tables: bool) -> dict[str, Any]:
+    """Say where this runs."""
+    machine = {
+        "Python": platform.python_version(),
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+    }
+    if has_tables:
+        machine["PostgreSQL"] = execute("SHOW server_version")
+    return machine
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def describe_versions(contenders: list[str]) -> dict[str, str]:
+    """Say what takes part."""
+    packages = [OURS, "sqlalchemy", "psycopg", "numpy"]
+    packages += [CONTENDERS[name].package or "" for name in contenders]
+    found = {}
+    for package in filter(None, packages):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--scenario", action="append", choices=list(SCENARIOS))
+    parser.add_argument("--contender", action="append", choices=list(CONTENDERS))
+    parser.add_argument("--rounds", type=int, help="5 unless it is quick, then 1")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="only show that it works")
     parser.add_argument("--json", action="store_true", help="print all samples")
+    parser.add_argument("--out", type=Path, help="write all samples to a file as well")
     args = parser.parse_args()
-    url = "postgresql+psycopg://postgres@127.0.0.1/test"
-    os.environ.setdefault("DBPOOL_BENCH_URL", url)
-    names = args.scenario or list(SCENARIOS)
-    engine = create_engine(os.environ["DBPOOL_BENCH_URL"])
-    with engine.begin() as connection:
-        connection.execute(text("DROP TABLE IF EXISTS bench_account"))
-        connection.execute(
-            text("CREATE TABLE bench_account (id integer PRIMARY KEY, balance integer)")
-        )
-        connection.execute(
-            text("INSERT INTO bench_account VALUES (:id, 0)"),
-            [{"id": i} for i in range(1, ROWS + 1)],
-        )
-    engine.dispose()
-    try:
-        samples = measure(names, args.rounds, args.workers)
-    finally:
-        with engine.begin() as connection:
-            connection.execute(text("DROP TABLE bench_account"))
-        engine.dispose()
-    machine = (
-        f"Python {platform.python_version()}, SQLAlchemy {version('sqlalchemy')}, "
-        f"{platform.system()}, {os.cpu_count()} cores, {args.workers} workers, "
-        f"{args.rounds} rounds"
-    )
+    scenarios = args.scenario or list(SCENARIOS)
+    asked = args.contender or list(CONTENDERS)
+    contenders = [name for name in asked if CONTENDERS[name].is_installed]
+    rounds = args.rounds or (1 if args.quick else 5)
+    samples, failures = measure(scenarios, contenders, rounds, args.workers, args.quick)
+    run = {
+        "machine": describe_machine(any(SCENARIOS[s].has_tables for s in scenarios)),
+        "versions": describe_versions(contenders),
+        "workers": args.workers,
+        "rounds": rounds,
+        "left_out": [name for name in asked if name not in contenders],
+        "failures": failures,
+        "samples": samples,
+    }
+    if args.out:
+        args.out.write_text(json.dumps(run, indent=1) + "\n")
     if args.json:
-        json.dump({"machine": machine, "seconds": samples}, sys.stdout, indent=1)
-        return
-    print(machine, *report(samples), sep="\n")
+        print(json.dumps(run, indent=1))
+    else:
+        print(*report(run), sep="\n")
+    sys.exit(1 if failures else 0)
 
 
 if __name__ == "__main__":

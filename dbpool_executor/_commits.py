@@ -141,8 +141,18 @@ class CommitWatch:
 
             setattr(dialect, name, wrapped)
 
-        before("do_begin", self._before_begin)
-        before("do_commit", self._before_commit)
+        def before_each(name: str, call: Callable[[Any], None]) -> None:
+            # As above, for what each job does.
+            method = getattr(dialect, name)
+
+            def wrapped(connection: PoolProxiedConnection) -> None:
+                call(connection)
+                method(connection)
+
+            setattr(dialect, name, wrapped)
+
+        before_each("do_begin", self._before_begin)
+        before_each("do_commit", self._before_commit)
         for name in ("do_prepare_twophase", "do_commit_twophase"):
             before(name, lambda on, *_rest: self._before_commit(on.connection))
         for name in ("do_execute", "do_executemany", "do_execute_no_params"):
@@ -191,7 +201,7 @@ class CommitWatch:
     def _before_commit(self, connection: PoolProxiedConnection) -> None:
         where = connection.dbapi_connection
         try:
-            if self._may_abort and _drivers.is_aborted(connection.driver_connection):
+            if self._may_abort and _drivers.is_aborted(where):
                 raise TransactionAbortedError(
                     "a database error aborted the transaction"
                 )
@@ -208,10 +218,11 @@ class CommitWatch:
         self._record.advance(Phase.COMMITTING)
 
     def _before_begin(self, connection: PoolProxiedConnection) -> None:
-        self._begun.append(connection.dbapi_connection)
+        where = connection.dbapi_connection
+        self._begun.append(where)
         if not self._is_ending:
             self._alarm.end_commit()
-            if _drivers.autocommits(connection.driver_connection):
+            if not self._is_sqlite and _drivers.autocommits(where):
                 self._note_commit()
 
     def _note_level(self, _connection: object, level: str | None) -> None:

@@ -104,22 +104,25 @@ def mysql_number(error: DBAPIError) -> int | None:
     return None
 
 
-def is_aborted(driver_connection: object) -> bool:
+def is_aborted(connection: Any) -> bool:
     """Say whether the server will answer COMMIT with success and store nothing."""
-    info = getattr(driver_connection, "info", None)
-    return getattr(info, "transaction_status", None) == _IN_ERROR
+    # psycopg, whose ``info`` says the same in more steps; psycopg2.
+    libpq = getattr(connection, "pgconn", None) or getattr(connection, "info", None)
+    return getattr(libpq, "transaction_status", None) == _IN_ERROR
 
 
-def autocommits(driver_connection: Any) -> bool:
-    """Say whether each statement of a connection is committed by itself."""
-    if is_sqlite(driver_connection):
-        # Its attribute says only who begins transactions, the module or the program.
-        return False
-    autocommit = getattr(driver_connection, "autocommit", None)
+def autocommits(connection: Any) -> bool:
+    """Say whether each statement of a connection is committed by itself.
+
+    Args:
+        connection: Not of the sqlite3 module, whose attribute says only who begins
+            transactions, the module or the program.
+    """
+    autocommit = getattr(connection, "autocommit", None)
     if isinstance(autocommit, bool):
         return autocommit
     with suppress(Exception):  # PyMySQL and mysqlclient
-        return bool(driver_connection.get_autocommit())
+        return bool(connection.get_autocommit())
     return False
 
 

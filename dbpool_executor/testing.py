@@ -272,7 +272,7 @@ class _InlineDatabase(Database):
         # What CommitWatch does before a COMMIT; of a savepoint's end it does not hear.
         if session.in_nested_transaction():
             return
-        if is_aborted(session.connection().connection.driver_connection):
+        if is_aborted(session.connection().connection.dbapi_connection):
             raise TransactionAbortedError("a database error aborted the transaction")
         self._commits.by_the_job |= not self._commits._is_ending
 

@@ -124,7 +124,9 @@ def test_parts_may_be_any_buffer(channels: Channels) -> None:
     mine, theirs = channels
     numbers = memoryview(bytes(range(16))).cast("I")
     mine.send(Message(Kind.RESULT, [bytearray(b"a"), memoryview(b"bc"), numbers]))
-    assert received(theirs, 1) == [Message(Kind.RESULT, [b"a", b"bc", bytes(range(16))])]
+    assert received(theirs, 1) == [
+        Message(Kind.RESULT, [b"a", b"bc", bytes(range(16))])
+    ]
 
 
 def test_one_read_gives_all_messages_that_are_there(channels: Channels) -> None:
