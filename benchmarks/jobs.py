@@ -13,15 +13,25 @@ import time
 from typing import Any
 
 from sqlalchemy import Engine, create_engine, text
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 READ = text("SELECT balance FROM bench_account WHERE id = :id")
 UPDATE = text("UPDATE bench_account SET updates = updates + 1 WHERE id = :id")
-INSERT = text("INSERT INTO bench_entry VALUES (:id)")
 
 URL = "postgresql+psycopg://postgres@127.0.0.1/test"  # unless DBPOOL_BENCH_URL says
 
 engine: Engine  # of this worker
+
+
+class Base(DeclarativeBase):
+    """Of the mapped classes."""
+
+
+class Entry(Base):
+    """A row that is inserted."""
+
+    __tablename__ = "bench_entry"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
 
 
 def make_engine() -> Engine:
@@ -48,9 +58,11 @@ def update(key: int) -> int:
 
 
 def insert_all(keys: list[int]) -> list[int]:
-    """Insert some rows in one transaction, one statement each."""
+    """Insert some rows in one transaction."""
     with Session(engine) as session, session.begin():
-        return [session.execute(INSERT, {"id": key}).rowcount for key in keys]
+        for key in keys:
+            session.add(Entry(id=key))
+        return keys
 
 
 def trivial(x: int) -> int:

@@ -3,8 +3,9 @@
     python benchmarks/phase.py
 
 The shortest of some rounds of many jobs; the goal is at most 2 us a job. What watches
-the commits runs inside SQLAlchemy's events, once for each statement and each COMMIT:
-here it is called as they call it, on a connection to SQLite in memory.
+the commits runs inside the methods of SQLAlchemy's dialect, once for each BEGIN, each
+statement and each COMMIT: here it is called as they call it, on a connection to SQLite
+in memory.
 """
 
 from __future__ import annotations
@@ -58,16 +59,26 @@ def main() -> None:
     with engine.connect() as connection:
         connection.exec_driver_sql("SELECT 1")
         statement = "UPDATE account SET balance = balance + ? WHERE id = ?"
+        lent = connection.connection
+        cursor = lent.cursor()
+
+        def note_statement(_number: int) -> None:
+            watch._before_statement(cursor, statement)
+
+        def note_elsewhere(_number: int) -> None:
+            watch._is_sqlite = False
+            watch._before_statement(cursor, statement)
+            watch._is_sqlite = True
+
+        def begin(_number: int) -> None:
+            watch._before_begin(lent)
+            watch._begun.clear()
+
         costs = {
-            "a statement is looked at:": lambda _: watch._note_statement(
-                connection, None, statement
-            ),
-            "a statement on SQLite is looked at:": lambda _: watch._note_on_sqlite(
-                connection, None, statement
-            ),
-            "a COMMIT is looked at and noted:": lambda _: watch._before_commit(
-                connection
-            ),
+            "a statement is looked at:": note_elsewhere,
+            "a statement on SQLite is looked at:": note_statement,
+            "a BEGIN is looked at:": begin,
+            "a COMMIT is looked at and noted:": lambda _: watch._before_commit(lent),
         }
         for name, work in costs.items():
             print(f"{name:<36}{shortest(work) - nothing:.2f} us")

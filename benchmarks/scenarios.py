@@ -122,7 +122,7 @@ def round_trip(work: Work, contender: Contender, workers: int, size: int) -> Fig
 
 
 def inserts(contender: Contender, workers: int, size: int) -> Figures:
-    """Insert rows, one statement each, in 100 transactions; then fewer, one in each.
+    """Add rows to sessions, in 100 transactions; then fewer, one in each.
 
     The latter only through a ``map`` that makes transactions of chunks; others are given
     the chunks.
@@ -136,7 +136,7 @@ def inserts(contender: Contender, workers: int, size: int) -> Figures:
 
             def insert() -> list[int]:
                 parts = runner.run_all(jobs.insert_all, chunks)
-                return [rowcount for part in parts for rowcount in part]
+                return [key for part in parts for key in part]
 
             return {CHUNKS: _insert(insert, size)}
         from session_jobs import insert as job
@@ -158,7 +158,7 @@ def _insert(insert: Callable[[], list[int]], size: int) -> float:
     execute("TRUNCATE bench_entry")
     gc.collect()
     start = time.perf_counter()
-    assert insert() == [1] * size
+    assert insert() == list(range(size))
     seconds = time.perf_counter() - start
     assert execute("SELECT count(DISTINCT id) FROM bench_entry") == size
     assert execute("SELECT count(*) FROM bench_entry") == size

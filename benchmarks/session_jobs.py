@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dbpool_executor import session
-from jobs import INSERT, READ, UPDATE, array, burn, data, rows, sleep, trivial
+from jobs import READ, UPDATE, Entry, array, burn, data, rows, sleep, trivial
 
 __all__ = [
     "array",
@@ -29,5 +29,6 @@ def update(key: int) -> int:
 
 
 def insert(key: int) -> int:
-    """Insert one row; a chunk of such calls is one transaction."""
-    return session.execute(INSERT, {"id": key}).rowcount
+    """Insert one row; a chunk of such calls is one transaction, and one flush."""
+    session.add(Entry(id=key))
+    return key

@@ -4,11 +4,12 @@ Runs in the parent. The way of a job::
 
     submit() --Job--> Dispatcher --Message(JOB)--> worker: main() --> Database.run()
        |                  |                                               |
-     Future <--Answer-- settle() <--Message(RESULT or FAILURE)------------+
+     Future <----- Job.settle() <---Message(RESULT or FAILURE)------------+
 
-The caller's thread pickles the call and queues it. The dispatcher, one thread for each
-executor, sends it over the private channel of an idle worker and settles the future
-with what comes back. The worker runs the job as one transaction.
+The caller's thread pickles the call and queues it, or sends it by itself to a worker
+that the dispatcher offers. The dispatcher, one thread for each executor, sends what is
+queued over the private channels of the workers and settles the futures with what comes
+back. The worker runs the job as one transaction.
 """
 
 from __future__ import annotations

@@ -377,6 +377,22 @@ def test_array_crosses_beside_the_pickle() -> None:
     assert [memoryview(buffer).nbytes for buffer in buffers] == [array.nbytes]
 
 
+def test_pickle_that_is_still_held_is_not_overwritten() -> None:
+    """The memory of a pickle is used again, but not while somebody looks into it."""
+    values = [[str(n)] * size for n, size in enumerate([100_000, 200_000, 50_000])]
+    pickles = [dumps_result(value) for value in values]
+    assert [loads_result(parts) for parts in pickles] == values
+
+
+@pytest.mark.parametrize("value", [None, True, 7, -1.5, 10**40])
+def test_short_value_comes_back_as_it_was(value: object) -> None:
+    """Those that need no look at what is inside; also as an argument."""
+    back = loads_result(dumps_result(value))
+    assert (type(back), back) == (type(value), value)
+    assert loads_call(dumps_call(max, (value, "text"), {}))[1] == (value, "text")
+    assert loads_call(dumps_call(jobs.pid, (value, "text"), {}))[1] == (value, "text")
+
+
 def test_call_is_copied_when_it_is_made() -> None:
     """What the caller changes after submit() does not reach the job."""
     array, items = np.zeros(10_000), [1]

@@ -6,6 +6,7 @@ No worker; the fork tests run in an interpreter of their own.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import select
 import selectors
@@ -159,6 +160,47 @@ def test_messages_may_be_cut_anywhere() -> None:
             assert first == SMALL[:complete]
             raw.sendall(data[offset:])
             assert first + as_bytes(channel.receive()) == SMALL
+
+
+def test_memory_of_a_large_part_is_used_again_once_nobody_has_it(
+    channels: Channels,
+) -> None:
+    """What is still held keeps its bytes, also when a message is longer or shorter."""
+    mine, theirs = channels
+    held: list[Message] = []
+    for fill, size in enumerate([MIB, 2 * MIB, MIB // 2, 3 * MIB], 1):
+        mine.send(Message(Kind.RESULT, [bytes([fill]) * size, bytes([fill]) * MIB]))
+        got: list[Message] = []
+        while not got:
+            assert is_readable(theirs, SECONDS), "the message did not come"
+            got = theirs.receive()
+            mine.flush()
+        held += got
+    for fill, (message, size) in enumerate(
+        zip(held, [MIB, 2 * MIB, MIB // 2, 3 * MIB], strict=True), 1
+    ):
+        assert as_bytes([message])[0].parts == [
+            bytes([fill]) * size,
+            bytes([fill]) * MIB,
+        ]
+
+
+def test_large_messages_that_nobody_holds_share_memory(channels: Channels) -> None:
+    """The second arrives where the first was."""
+    mine, theirs = channels
+    places = []
+    for fill in (1, 2):
+        mine.send(Message(Kind.RESULT, [bytes([fill]) * MIB]))
+        got: list[Message] = []
+        while not got:
+            assert is_readable(theirs, SECONDS), "the message did not come"
+            got = theirs.receive()
+            mine.flush()
+        (part,) = got[0].parts
+        assert part == bytes([fill]) * MIB
+        places.append(ctypes.addressof(ctypes.c_char.from_buffer(part)))
+        del part, got
+    assert places[0] == places[1]
 
 
 @pytest.mark.parametrize(

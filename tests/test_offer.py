@@ -19,7 +19,7 @@ from dbpool_executor._job import Job
 from dbpool_executor._offer import Offer
 from processes import MakeExecutor
 from servers import Database
-from waiting import LONGEST, wait_until
+from waiting import LONGEST, Gate, wait_until
 
 LARGE = 1 << 20
 
@@ -113,6 +113,24 @@ def test_worker_that_is_gone_is_left_to_the_dispatcher(
     offer, taken = Offer(mine, 1), job()
     assert offer.take(taken)
     assert finished(mine, offer) is taken
+
+
+def test_job_that_its_caller_has_sent_is_counted_and_cannot_be_cancelled(
+    sqlite_database: Database, make_executor: MakeExecutor, gate: Gate
+) -> None:
+    """The dispatcher sleeps, and has not heard of it; and it is done all the same."""
+    executor = make_executor(sqlite_database.make_engine, 2)
+    executor.submit(jobs.pid).result(LONGEST)
+    wait_until(lambda: executor._dispatcher._offer is not None, "an offer")
+    future = executor.submit(jobs.wait_at_gate, gate.address, "through")
+    gate.arrival()
+    stats = executor.stats()
+    assert (stats.workers, stats.idle, stats.running, stats.queued) == (1, 0, 1, 0)
+    assert future.running()
+    assert not future.cancel()
+    executor.shutdown(wait=False, cancel_futures=True)
+    gate.open()
+    assert future.result(LONGEST) == "through"
 
 
 # -- Interrupts ------------------------------------------------------------------------

@@ -158,6 +158,16 @@ def test_record_of_a_worker_that_never_began_gives_every_job_back() -> None:
     assert outcome_at_end(1, progress) is Outcome.NEVER_STARTED
 
 
+def test_record_tells_how_long_the_jobs_have_taken() -> None:
+    """All together, in seconds."""
+    words = [0] * WORDS
+    worker, parent = PhaseRecord(words), PhaseRecord(words)
+    assert parent.read_busy() == 0
+    worker.add_busy(1_500_000_000)
+    worker.add_busy(250_000_000)
+    assert parent.read_busy() == 1.75
+
+
 def test_job_that_was_taken_back_does_not_begin() -> None:
     """Those up to the number that had not begun; those sent later do."""
     words = [0] * WORDS
