@@ -160,11 +160,11 @@ def interrupted(step: int, names: set[str]) -> Iterator[Callable[[], bool]]:
 
     def trace(frame: FrameType, event: str, _arg: object) -> Any:
         nonlocal struck
-        if event == "call":
-            if frame.f_code.co_qualname not in names:
-                return None
-            frame.f_trace_opcodes = True
-        elif event == "opcode":
+        if event == "call" and frame.f_code.co_qualname not in names:
+            return None
+        # At each event: set at the call alone, CPython 3.13 does not heed it.
+        frame.f_trace_opcodes = True
+        if event == "opcode":
             before = last.get(frame, "")
             last[frame] = dis.opname[frame.f_code.co_code[frame.f_lasti]]
             if before.startswith("CALL") and next(steps) == step:
