@@ -13,6 +13,7 @@ import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from importlib import import_module
 from multiprocessing.reduction import ForkingPickler
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ _SHORT = {type(None), bool, int, float}  # as plain as can be, and of a few byte
 _ATOMS = _SHORT | {str}
 
 Buffer = bytes | bytearray | memoryview
-"""One piece of a message."""
+"""One piece of a message; a memoryview is one of bytes."""
 
 WITH_CODE = (
     "and functions that workers can import; for lambdas, notebooks and the prompt "
@@ -248,12 +249,16 @@ def dumps_call(
         NotPlainError: An argument is tied to a session or connection.
         Exception: Whatever the pickling of an argument raises.
     """
-    # A pickler that asks for more costs more than all the rest of a short call.
-    is_simple = (
-        type(fn) is FunctionType and not kwargs and _ATOMS.issuperset(map(type, args))
-    )
+    # A pickler that asks for more costs more than all the rest of a short call, and so
+    # does the pickle of a function, which imports its module each time.
+    if type(fn) is FunctionType and not kwargs and _ATOMS.issuperset(map(type, args)):
+        module = fn.__module__
+        if getattr(sys.modules.get(module), fn.__name__, None) is fn and (
+            module != "__main__" or not is_interactive()
+        ):
+            return _dumps((module, fn.__name__, args))
     try:
-        return with_code((fn, args, kwargs), _dumps if is_simple else pickled)
+        return with_code((fn, args, kwargs), pickled)
     except RefusedError as refused:
         roots = {"fn": fn, "args": args, "kwargs": kwargs}
         raise _not_plain(refused.args[0], roots, Outcome.NEVER_STARTED) from None
@@ -270,9 +275,14 @@ def loads_call(
     Raises:
         Exception: Whatever the unpickling of an argument raises.
     """
-    call: tuple[Callable[..., object], tuple[object, ...], dict[str, object]]
-    call = pickle.loads(data)
-    return call
+    call: tuple[Any, Any, Any] = pickle.loads(data)
+    first, second, third = call
+    if type(first) is not str:
+        return call
+    try:
+        return getattr(sys.modules[first], second), third, {}
+    except (KeyError, AttributeError):
+        return getattr(import_module(first), second), third, {}
 
 
 def dumps_result(value: object) -> list[Buffer]:
@@ -288,6 +298,8 @@ def dumps_result(value: object) -> list[Buffer]:
         NotPlainError: Something in the value is tied to a session or connection.
         Exception: Whatever the pickling of the value raises.
     """
+    if type(value) in _SHORT:
+        return [_dumps(value)]
     try:
         return _parts_of(value)
     except RefusedError as refused:
@@ -299,8 +311,6 @@ def dumps_result(value: object) -> list[Buffer]:
 
 
 def _parts_of(value: object) -> list[Buffer]:
-    if type(value) in _SHORT:
-        return [_dumps(value)]
     buffers: list[pickle.PickleBuffer] = []
     try:
         body = _pickled_in_spare(value, buffers)

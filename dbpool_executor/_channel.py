@@ -35,7 +35,7 @@ _COPY_LIMIT = 1 << 16  # below it, joining the parts is cheaper than a call for 
 class Kind(enum.IntEnum):
     """What a message says."""
 
-    JOB = 1  # parent to worker: the call, the job's options
+    JOB = 1  # parent to worker: jobs from this number on, each a call and its options
     READY = 2  # worker to parent: it has its engine and its initializer has run
     RESULT = 3  # worker to parent: the first job not yet answered was committed
     FAILURE = 4  # worker to parent: the first job not yet answered failed
@@ -49,9 +49,11 @@ _KINDS = {int(kind): kind for kind in Kind}
 
 
 class Message(NamedTuple):
-    """One message: its kind, its parts as bytes, and which job of the worker it means.
+    """One message: its kind, its parts as bytes, and a number.
 
-    Jobs are numbered from 1 in the life of a worker; 0 is none.
+    The number says which job of the worker it means, counted from 1 in the worker's life.
+    In an answer, which means the first job that has none, it is the nanoseconds that the
+    job has taken.
     """
 
     kind: Kind
@@ -75,7 +77,7 @@ class Channel:
         self._received = b""  # the beginning of a message
         self._large: _LargeMessage | None = None  # its parts are still arriving
         self._spare = bytearray()  # memory for the first part of the next large one
-        self._unsent: deque[memoryview] = deque()
+        self._unsent: deque[Buffer] = deque()
         self._ending = False
         self.bytes_received = 0
 
@@ -116,18 +118,22 @@ class Channel:
         Returns:
             As for :meth:`flush`.
         """
+        if len(messages) == 1 and len(messages[0].parts) == 1 and not self._unsent:
+            ((kind, (part,), number),) = messages
+            if len(part) <= _COPY_LIMIT:
+                data = _HEAD.pack(kind, number, 1, len(part)) + part
+                unsent = self.send_at_once(data)
+                return True if not unsent else self.send_rest(unsent)
         small: list[Buffer] = []  # in one call to the system
         for message in messages:
-            buffers = frame(message)
-            if sum(map(_size, buffers)) <= _COPY_LIMIT:
-                small += buffers
-            else:
-                self._unsent.append(memoryview(b"".join([*small, buffers[0]])))
-                small = []
-                views = (memoryview(part).cast("B") for part in buffers[1:])
-                self._unsent.extend(view for view in views if view)
+            for buffer in frame(message):
+                if len(buffer) <= _COPY_LIMIT:
+                    small.append(buffer)
+                else:
+                    self._unsent += b"".join(small), buffer
+                    small = []
         if small:
-            self._unsent.append(memoryview(b"".join(small)))
+            self._unsent.append(b"".join(small))
         return self.flush()
 
     def send_at_once(self, data: bytes) -> bytes:
@@ -150,7 +156,7 @@ class Channel:
             As for :meth:`flush`.
         """
         if data:
-            self._unsent.append(memoryview(data))
+            self._unsent.append(data)
         return self.flush()
 
     def flush(self) -> bool:
@@ -162,18 +168,18 @@ class Channel:
         """
         unsent = self._unsent
         while unsent:
-            view = unsent[0]
+            data = unsent[0]
             try:
-                sent = self._end.send(view)
+                sent = self._end.send(data)
             except (BlockingIOError, InterruptedError):
                 return False
             except OSError:
                 unsent.clear()
                 break
-            if sent == len(view):
+            if sent == len(data):
                 unsent.popleft()
             else:
-                unsent[0] = view[sent:]
+                unsent[0] = memoryview(data)[sent:]
         if self._ending:
             with suppress(OSError):  # the peer is gone, and knows
                 self._end.shutdown(socket.SHUT_WR)
@@ -199,6 +205,10 @@ class Channel:
         while len(data) - start >= _HEAD.size:
             code, number, count, length = _HEAD.unpack_from(data, start)
             body = start + _HEAD.size
+            if count == 1 and len(data) - body >= length:
+                start = body + length
+                messages.append(Message(_KINDS[code], [data[body:start]], number))
+                continue
             lengths = [length] if count else []
             if count > 1:
                 more = _lengths(count - 1)
@@ -257,17 +267,13 @@ def frame(message: Message) -> list[Buffer]:
     """Give what is sent for a message: its head, then its parts."""
     kind, parts, number = message
     if len(parts) == 1:
-        return [_HEAD.pack(kind, number, 1, _size(parts[0])), parts[0]]
-    first, *others = map(_size, parts) if parts else (0,)
+        return [_HEAD.pack(kind, number, 1, len(parts[0])), parts[0]]
+    first, *others = map(len, parts) if parts else (0,)
     head = _HEAD.pack(kind, number, len(parts), first)
     return [head + _lengths(len(others)).pack(*others), *parts]
 
 
-def _size(part: Buffer) -> int:
-    return part.nbytes if isinstance(part, memoryview) else len(part)
-
-
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)
 def _lengths(count: int) -> struct.Struct:
     return struct.Struct(f"<{count}Q")
 

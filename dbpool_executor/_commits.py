@@ -67,6 +67,7 @@ class CommitWatch:
 
     Attributes:
         by_the_job: Whether the running job has committed anything by itself.
+        is_ending: Whether its function is over: the commits from here on are not its own.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class CommitWatch:
         self._record = record
         self._alarm = alarm
         self.by_the_job = False
-        self._is_ending = False  # the commits from here on are the executor's
+        self.is_ending = False
         # What the database undid, and where.
         self._undone: dict[DBAPIConnection | None, str] = {}
         self._begun: list[DBAPIConnection | None] = []  # connections used by the job
@@ -98,13 +99,9 @@ class CommitWatch:
 
     def begin_job(self) -> None:
         """Note that what follows is the next job's."""
-        self.by_the_job = self._is_ending = False
+        self.by_the_job = self.is_ending = False
         self._begun.clear()
         self._undone.clear()
-
-    def end_job(self) -> None:
-        """Note that the job's function is over."""
-        self._is_ending = True
 
     def roll_back(self) -> None:
         """Roll back what is open, after a COMMIT has failed.
@@ -118,7 +115,7 @@ class CommitWatch:
 
     def after_commit(self, session: Session) -> None:
         """Note that a session's COMMIT is over; that of a savepoint is none."""
-        if not self._is_ending:
+        if not self.is_ending:
             self._alarm.end_commit()
         elif not self.by_the_job and not session.in_nested_transaction():
             self._record.advance(Phase.COMMITTED)
@@ -141,21 +138,29 @@ class CommitWatch:
 
             setattr(dialect, name, wrapped)
 
-        def before_each(name: str, call: Callable[[Any], None]) -> None:
-            # As above, for what each job does.
-            method = getattr(dialect, name)
+        do_begin, do_commit = dialect.do_begin, dialect.do_commit
+        do_execute = dialect.do_execute
 
-            def wrapped(connection: PoolProxiedConnection) -> None:
-                call(connection)
-                method(connection)
+        # What each job does goes through as few calls as it can.
+        def begin(connection: PoolProxiedConnection) -> None:
+            self._before_begin(connection)
+            do_begin(connection)
 
-            setattr(dialect, name, wrapped)
+        def commit(connection: PoolProxiedConnection) -> None:
+            self._before_commit(connection)
+            do_commit(connection)
 
-        before_each("do_begin", self._before_begin)
-        before_each("do_commit", self._before_commit)
+        def execute(
+            cursor: Any, statement: str, values: Any, context: Any = None
+        ) -> None:
+            if self._is_sqlite or _begins(self._words, statement):
+                self._before_statement(cursor, statement)
+            do_execute(cursor, statement, values, context)
+
+        vars(dialect).update(do_begin=begin, do_commit=commit, do_execute=execute)
         for name in ("do_prepare_twophase", "do_commit_twophase"):
             before(name, lambda on, *_rest: self._before_commit(on.connection))
-        for name in ("do_execute", "do_executemany", "do_execute_no_params"):
+        for name in ("do_executemany", "do_execute_no_params"):
             before(name, self._before_statement)
         before("set_isolation_level", self._note_level)
         if self._undoes:
@@ -211,23 +216,26 @@ class CommitWatch:
         except BaseException:
             _roll_back(where)
             raise
-        self._note_commit()
+        self.by_the_job = self.by_the_job or not self.is_ending
+        self._record.advance(Phase.COMMITTING)
 
     def _note_commit(self) -> None:
-        self.by_the_job = self.by_the_job or not self._is_ending
+        self.by_the_job = self.by_the_job or not self.is_ending
         self._record.advance(Phase.COMMITTING)
 
     def _before_begin(self, connection: PoolProxiedConnection) -> None:
         where = connection.dbapi_connection
         self._begun.append(where)
-        if not self._is_ending:
+        if self.is_ending:
+            return
+        if self.by_the_job:
             self._alarm.end_commit()
-            if not self._is_sqlite and _drivers.autocommits(where):
-                self._note_commit()
+        if not self._is_sqlite and _drivers.autocommits(where):
+            self._note_commit()
 
     def _note_level(self, _connection: object, level: str | None) -> None:
         # At the end of a job it is only put back to what it was.
-        if level == "AUTOCOMMIT" and not self._is_ending:
+        if level == "AUTOCOMMIT" and not self.is_ending:
             self._note_commit()
 
     def _before_statement(self, cursor: object, statement: str, *_rest: object) -> None:

@@ -6,21 +6,25 @@ Runs in a worker, in the thread that runs its jobs.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.util import ScopedRegistry
 
 from . import _drivers, _resolution
 from ._alarm import Alarm, JobInterrupt
 from ._boundary import Buffer, dumps_result
 from ._commits import CommitWatch
 from ._inheritance import live_entries, pool_of, refuse_inherited
+from ._leaving import leave
 from ._options import DEFAULTS, JobOptions
 from ._phase import Phase, PhaseRecord
 from ._places import asyncio_classes, full_name
@@ -37,12 +41,20 @@ from .errors import (
 
 log = logging.getLogger("dbpool_executor")
 
-# `database` is set in a thread for as long as that thread runs a job.
-_here = threading.local()
+_NO_KEYWORDS: Mapping[str, Any] = {}
+
+
+class _Here(threading.local):
+    """What runs in a thread."""
+
+    database: Database | None = None  # that of the job that it runs
+
+
+_here = _Here()
 
 
 def _running_database(name: str) -> Database:
-    database: Database | None = getattr(_here, "database", None)
+    database = _here.database
     if database is None:
         raise OutsideJobError(name)
     return database
@@ -50,6 +62,33 @@ def _running_database(name: str) -> Database:
 
 def _open_session() -> Session:
     return _running_database("session").open_session()
+
+
+class _JobRegistry(ScopedRegistry[Session]):
+    """Where `session` finds the session of the running job: its Database has it."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        pass
+
+    def __call__(self) -> Session:
+        database = _here.database
+        if database is None:
+            raise OutsideJobError("session")
+        if database.session is None:
+            database.session = database.open_session()
+        return database.session
+
+    def has(self) -> bool:
+        return _here.database is not None and _here.database.session is not None
+
+    def set(self, obj: Session) -> None:
+        _running_database("session").session = obj
+
+    def clear(self) -> None:
+        if _here.database is not None:
+            _here.database.session = None
 
 
 session: scoped_session[Session] = scoped_session(_open_session)  # type: ignore[arg-type]
@@ -75,6 +114,9 @@ def current_engine() -> Engine:
     return _running_database("current_engine()").lend_engine()
 
 
+session.registry = _JobRegistry()
+
+
 class Database:
     """The engine and the sessions of one worker.
 
@@ -86,6 +128,7 @@ class Database:
     Attributes:
         engine: The worker's engine.
         alarm: The time limit of the running job.
+        session: Of the running job; None if it has none.
 
     Raises:
         TypeError: The factory returned something other than an Engine.
@@ -115,6 +158,7 @@ class Database:
         refuse_inherited(engine)
         self.engine = engine
         self._sessions = sessionmaker(**{"bind": engine, **session_options})
+        self.session: Session | None = None
         self._record = record
         self.alarm = Alarm(self.cancel_statements)
         self._commits = CommitWatch(
@@ -124,23 +168,25 @@ class Database:
         event.listen(engine, "connect", _drivers.note_thread_id)
         if engine.dialect.name == "sqlite":
             event.listen(engine, "checkin", _make_writable)
-        self._options = DEFAULTS
+        self._pid = os.getpid()
         self._job_engine = engine  # with the options of the running job
-        # To the running job: a session, and the engine by current_engine().
-        self._was_opened = self._was_lent = False
+        self._adopt(DEFAULTS)
+        self._was_lent = False  # to the running job, by current_engine()
 
     def run(
         self,
-        job: Callable[[], object],
+        fn: Callable[..., object],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] = _NO_KEYWORDS,
         options: JobOptions = DEFAULTS,
-        fn: Callable[..., object] | None = None,
     ) -> list[Buffer]:
         """Run a job as one transaction.
 
         Args:
-            job: The call.
+            fn: What it calls.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
             options: How to run it.
-            fn: What it calls, for a warning.
 
         Returns:
             The pickled result.
@@ -151,17 +197,20 @@ class Database:
             OutcomeUnknownError: Contact was lost during COMMIT.
             Exception: Whatever the job, the flush or the commit raises.
         """
-        self._begin(options)
+        if options is not self._options:
+            self._adopt(options)
+        _here.database = self
+        self._commits.begin_job()
         try:
             if options.timeout is None:
-                return self._run(job)
+                return self._run(fn, args, kwargs)
             with self.alarm.set(options.timeout):
-                return self._run(job)
+                return self._run(fn, args, kwargs)
         except JobInterrupt as exc:
             # Its statement may be cancelled a moment too late, and then hit the next
             # job's: the connection is not used again.
-            if self._has_session():
-                session().invalidate()
+            if self.session is not None:
+                self.session.invalidate()
             self.engine.dispose()
             error = JobTimeoutError(options.timeout or 0.0)
             raise self._exact(error) from exc.__cause__
@@ -173,11 +222,13 @@ class Database:
         except BaseException as exc:
             raise self._exact(JobExitedError(repr(exc))) from exc
         finally:
-            self._commits.end_job()
-            self._end_session()
+            self._commits.is_ending = True
+            if self.session is not None:
+                self._end_session(self.session)
             if self._was_lent:
+                self._was_lent = False
                 self._take_back(getattr(fn, "__qualname__", repr(fn)))
-            del _here.database
+            _here.database = None
 
     @property
     def failed_outcome(self) -> Outcome:
@@ -207,13 +258,8 @@ class Database:
 
     def open_session(self) -> Session:
         """Make the job's session."""
-        options = self._options
-        self._was_opened = True
-        if self._job_engine is self.engine and not options.read_only:
-            opened: Session = self._sessions()
-            return opened
-        opened = self._sessions(bind=self._job_engine)
-        if options.read_only and self.engine.dialect.name != "postgresql":
+        opened: Session = self._new_session()
+        if self._options.read_only and self.engine.dialect.name != "postgresql":
             event.listen(opened, "after_begin", _make_read_only)
         return opened
 
@@ -224,37 +270,43 @@ class Database:
 
     # -- One job ------------------------------------------------------------------
 
-    def _begin(self, options: JobOptions) -> None:
-        _here.database = self
-        self._options = options
-        self._was_opened = self._was_lent = False
-        self._commits.begin_job()
-        self._job_engine = self.engine
-        if options is DEFAULTS:
-            return
+    def _adopt(self, options: JobOptions) -> None:
+        engine, sessions = self.engine, self._sessions
         if options.isolation_level is not None:
-            self._job_engine = self._job_engine.execution_options(
-                isolation_level=options.isolation_level
-            )
-        if options.read_only and self.engine.dialect.name == "postgresql":
-            self._job_engine = self._job_engine.execution_options(
-                postgresql_readonly=True
-            )
+            engine = engine.execution_options(isolation_level=options.isolation_level)
+        if options.read_only and engine.dialect.name == "postgresql":
+            engine = engine.execution_options(postgresql_readonly=True)
+        self._options = options
+        self._job_engine = engine
+        # Not sessions(), which joins its keywords anew for each session.
+        new_session: Any = sessions.class_
+        bind = {} if engine is self.engine else {"bind": engine}
+        self._new_session = partial(new_session, **(sessions.kw | bind))
 
-    def _run(self, job: Callable[[], object]) -> list[Buffer]:
+    def _run(
+        self,
+        fn: Callable[..., object],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> list[Buffer]:
         options = self._options
         if options.resolve and self.engine.dialect.name != "postgresql":
             raise ResolveNotSupportedError(self.engine.dialect.name)
-        result = job()
-        current = session() if options.commit and self._has_session() else None
+        try:
+            result = fn(*args, **kwargs)
+        finally:
+            if os.getpid() != self._pid:
+                _end_copy(fn)
+        current = self.session if options.commit else None
         if current is not None:
             current.flush()
         # Pickled before the commit: a job whose result cannot travel must be rolled
         # back, not committed and then reported as failed.
         parts = dumps_result(result)
-        self._commits.end_job()
+        self._commits.is_ending = True
         if current is not None:
             self._commit(current)
+            return parts
         self.alarm.begin_commit()
         if options.commit and not self._commits.by_the_job:
             self._record.advance(Phase.COMMITTED)
@@ -266,6 +318,8 @@ class Database:
         if self._options.resolve and not self._commits.by_the_job:
             xid = _resolution.current_xid(current)
             self._record.note_xid(xid)
+        # What it holds is not asked for again.
+        current.expire_on_commit = False
         try:
             current.commit()
         except BaseException as exc:
@@ -293,18 +347,12 @@ class Database:
             error.outcome = Outcome.UNKNOWN
         return error
 
-    def _has_session(self) -> bool:
-        # Its own session.remove() may have ended what was opened.
-        return self._was_opened and session.registry.has()
-
-    def _end_session(self) -> None:
-        if not self._has_session():
-            return
+    def _end_session(self, current: Session) -> None:
+        self.session = None  # the next job gets a new one, whatever becomes of this
         try:
-            session.remove()
+            current.close()
         except Exception:
-            # The job's fate is decided by now; the next job gets a new session.
-            session.registry.clear()
+            # The job's fate is decided by now.
             log.warning("the session of a job did not close", exc_info=True)
 
     def _take_back(self, name: str) -> None:
@@ -321,6 +369,16 @@ class Database:
     def _entries_in_use(self) -> list[ConnectionPoolEntry]:
         pool = self.engine.pool
         return [e for e in live_entries() if e.in_use and pool_of(e) is pool]
+
+
+def _end_copy(fn: Callable[..., object]) -> None:
+    # The job has forked. Only one of the two may commit and answer.
+    log.warning(
+        "the job %s came back in a forked copy of its worker, which ends here; "
+        "end such a copy with os._exit()",
+        getattr(fn, "__qualname__", fn),
+    )
+    leave()
 
 
 def _make_read_only(_session: Session, _transaction: object, on: Connection) -> None:

@@ -27,6 +27,7 @@ from ._job import Job, JobFuture
 from ._local import LocalWorker
 from ._logs import handle_record
 from ._offer import Offer
+from ._options import DEFAULTS, dumps_options
 from ._stats import Stats
 from ._worker import outcome_of_transaction
 from ._workers import Worker, Workers
@@ -98,7 +99,8 @@ class Dispatcher:
             RuntimeError: It was shut down, or this is a forked copy of its process.
         """
         # Before the lock: in a copy, a thread that is not there may hold it for ever.
-        self.check_owner()
+        if self._pid != os.getpid():
+            self.check_owner()
         with self._lock:
             self.check_open()
             if self._thread is None:
@@ -261,9 +263,6 @@ class Dispatcher:
                 send(worker.body)
         while self._later and self._later[0][0] <= time.monotonic():
             self._waiting.append(heapq.heappop(self._later)[2])
-        if self._sparing:
-            self._sparing = False
-            self._spare(workers.wanting(len(self._waiting)))
         if self._cancelling or workers.failure is not None:
             self._drop_waiting()
         self._waiting.extendleft(reversed(workers.take_back()))
@@ -292,6 +291,10 @@ class Dispatcher:
         self._listening = False
         self._offer = None
         workers.withdraw()
+        if self._sparing:
+            # Before the answers that came meanwhile: by those it would spare too many.
+            self._sparing = False
+            self._spare(workers.wanting(len(self._waiting)))
         for key, mask in events:
             worker: Worker | None = key.data
             if worker is None:
@@ -324,25 +327,29 @@ class Dispatcher:
         except EOFError:
             self._note_ending(self._workers.bury(worker))
             return
-        answered = returned = 0
+        answered = nanoseconds = returned = 0
         for message in messages:
-            kind = message.kind
+            kind, _, number = message
             if kind is Kind.RESULT:
-                self._end(worker.sent.popleft(), message)
+                job = worker.sent.popleft()
+                job.attempts += 1
+                self._told.append((job, message))
                 answered += 1
+                nanoseconds += number
             elif kind is Kind.FAILURE:
                 job = worker.sent.popleft()
+                answered += 1
+                nanoseconds += number
                 # A fourth part says that it may succeed when it is repeated.
                 if len(message.parts) > _FAILURE_PARTS:
                     self._repeat_or_settle(job, message)
                 else:
                     self._end(job, message)
-                answered += 1
             elif kind is Kind.LOG:
                 handle_record(message.parts[0])
             elif kind is Kind.RETURNED:
                 # If it is not that job, the job was taken off the worker's list before.
-                if worker.sent and worker.sent[0].number == message.number:
+                if worker.sent and worker.sent[0].number == number:
                     self._waiting.appendleft(worker.sent.popleft())
                     returned += 1
             elif kind is Kind.READY:
@@ -351,7 +358,7 @@ class Dispatcher:
                 self._workers.take_note(bytes(message.parts[0]).decode())
             elif kind is Kind.START_FAILURE:
                 worker.start_failure = message.parts
-        self._workers.note_answers(worker, answered, returned)
+        self._workers.note_answers(worker, answered, nanoseconds, returned)
 
     def _note_ending(self, ending: Ending) -> None:
         self._waiting.extendleft(reversed(ending.again))
@@ -391,14 +398,23 @@ class Dispatcher:
                 self._done -= 1  # the question is no job of the user's
             self._end(job, resolved_error(error, outcome))
 
-        asked: Future[Outcome] = JobFuture()
+        asked: JobFuture[Outcome] = JobFuture()
         asked.add_done_callback(settle)
         call = dumps_call(outcome_of_transaction, (xid,), {})
-        self._waiting.appendleft(Job(asked, [call]))
+        self._waiting.appendleft(Job(asked, [call, dumps_options(DEFAULTS)]))
 
     def _settle(self) -> None:
         told, self._told = self._told, []
+        watched = []
         for job, answer in told:
+            if job.future.is_watched():
+                watched.append((job, answer))
+            elif job.settle(answer):
+                self._done += 1
+            else:
+                self._failed += 1
+        # Whoever is woken wants the interpreter: last, when all else is done.
+        for job, answer in watched:
             if job.settle(answer):
                 self._done += 1
             else:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from concurrent.futures import Future
+from concurrent.futures._base import FINISHED, PENDING, RUNNING
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from ._boundary import Buffer, loads_result
 from ._channel import Kind, Message
@@ -27,6 +28,10 @@ class JobFuture(Future[T]):
     """A future that raises its exception also when the exception is falsy.
 
     ``Future.result()`` asks for its truth up to CPython 3.13.0 and returns None.
+
+    What happens to nearly each job takes a short way here, with the same lock; a group
+    of short jobs goes through all of it at once. What is not usual takes the way of
+    :class:`Future`.
     """
 
     def result(self, timeout: float | None = None) -> T:
@@ -40,14 +45,50 @@ class JobFuture(Future[T]):
             CancelledError: The future was cancelled.
             Exception: Whatever the job raised, or a DBPoolError.
         """
-        result = super().result(timeout)
-        error = self.exception() if result is None else None
+        if self._state != FINISHED:
+            result = super().result(timeout)
+            if result is not None:
+                return result
+        error = self.exception() if self._exception is not None else None
         if error is None:
-            return result
+            return cast("T", self._result)
         try:
             raise error
         finally:
             del error  # else the traceback and this frame hold each other
+
+    def set_running_or_notify_cancel(self) -> bool:
+        """Say whether the job is still to be run; from now on it cannot be cancelled."""
+        condition = self._condition
+        condition.acquire()
+        try:
+            if self._state == PENDING:
+                self._state = RUNNING
+                return True
+        finally:
+            condition.release()
+        return super().set_running_or_notify_cancel()
+
+    def is_watched(self) -> bool:
+        """Say whether anybody would hear of it now if it were done."""
+        return bool(
+            self._condition._waiters  # type: ignore[attr-defined]
+            or self._waiters
+            or self._done_callbacks  # type: ignore[attr-defined]
+        )
+
+    def set_result(self, result: T) -> None:
+        """Give it its result, and tell all who wait for it."""
+        condition = self._condition
+        condition.acquire()
+        try:
+            if self._state == RUNNING and not self.is_watched():
+                self._result = result
+                self._state = FINISHED
+                return
+        finally:
+            condition.release()
+        super().set_result(result)
 
 
 @dataclass(slots=True, eq=False)
@@ -56,7 +97,7 @@ class Job:
 
     Attributes:
         future: What the caller holds.
-        parts: The parts of its message.
+        parts: The call and the options, as they are sent.
         options: How it is run.
         is_taken: Whether it cannot be cancelled any more.
         number: Which job it is in the life of the worker that has it.
@@ -65,7 +106,7 @@ class Job:
         told: What it failed with last.
     """
 
-    future: Future[Any]
+    future: JobFuture[Any]
     parts: Sequence[Buffer]
     options: JobOptions = DEFAULTS
     is_taken: bool = False

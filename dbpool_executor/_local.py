@@ -72,10 +72,6 @@ class LocalWorker:
         """Read which transaction the worker was about to commit, also when it died."""
         return self._record.read_xid()
 
-    def busy(self) -> float:
-        """Read how many seconds the worker's jobs have taken so far."""
-        return self._record.read_busy()
-
     def recall(self, number: int) -> None:
         """Take back the jobs up to a number, see :meth:`PhaseRecord.recall`."""
         self._record.recall(number)

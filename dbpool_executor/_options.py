@@ -67,17 +67,13 @@ class JobOptions(NamedTuple):
 DEFAULTS = JobOptions()
 
 
-def dumps_options(options: JobOptions) -> tuple[bytes, ...]:
-    """Encode options as message parts: none for the defaults."""
-    return () if options == DEFAULTS else (_dumps(options),)
+@functools.lru_cache(maxsize=64)
+def dumps_options(options: JobOptions) -> bytes:
+    """Encode options: as nothing if they are the defaults."""
+    return b"" if options == DEFAULTS else pickle.dumps(tuple(options))
 
 
 @functools.lru_cache(maxsize=64)
-def _dumps(options: JobOptions) -> bytes:
-    return pickle.dumps(tuple(options))
-
-
-@functools.lru_cache(maxsize=64)
-def loads_options(*parts: bytes) -> JobOptions:
+def loads_options(data: bytes) -> JobOptions:
     """Decode what :func:`dumps_options` encoded."""
-    return JobOptions(*pickle.loads(parts[0])) if parts else DEFAULTS
+    return JobOptions(*pickle.loads(data)) if data else DEFAULTS

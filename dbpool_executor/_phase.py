@@ -1,9 +1,8 @@
 """How far the jobs sent to a worker have come, readable after the worker's death.
 
 Runs in both processes. The record is memory that both share: the worker writes which
-job it has begun, how far that one is, and how long its jobs have taken; the parent
-writes which jobs it takes back. A job is meant by its number in the worker's life,
-counted from 1.
+job it has begun, and how far that one is; the parent writes which jobs it takes back. A
+job is meant by its number in the worker's life, counted from 1.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ class PhaseRecord:
     def __init__(self, words: MutableSequence[int]) -> None:
         self._words = words
         self._begun = 0
-        self._busy = 0
+        self._has_xid = False
 
     def begin(self, number: int) -> bool:
         """Note that a job begins, unless it was taken back.
@@ -58,13 +57,15 @@ class PhaseRecord:
         # First written, then read, against recall(), which writes first and has
         # begun() read a while later: at least one of the two sees the other.
         self._begun = number
-        self._words[2] = 0  # what another job has noted
+        if self._has_xid:
+            self._has_xid = False
+            self._words[2] = 0  # what another job has noted
         self._words[0] = number << 2 | _RUNNING
         return number > self._words[1]
 
     def advance(self, phase: Phase) -> None:
         """Note the phase of the job that was begun last."""
-        self._words[0] = self._begun << 2 | phase.value
+        self._words[0] = self._begun << 2 | phase
 
     def read(self) -> Progress:
         """Read the record, in either process."""
@@ -73,20 +74,12 @@ class PhaseRecord:
 
     def note_xid(self, xid: int) -> None:
         """Note the id of the transaction that is about to be committed."""
+        self._has_xid = True
         self._words[2] = xid
 
     def read_xid(self) -> int:
         """Read what the last job has noted, in either process; 0 if nothing."""
         return self._words[2]
-
-    def add_busy(self, nanoseconds: int) -> None:
-        """Add what a job has taken, from its bytes to the bytes of its answer."""
-        self._busy += nanoseconds
-        self._words[3] = self._busy
-
-    def read_busy(self) -> float:
-        """Read what all jobs of the worker have taken, in either process: seconds."""
-        return self._words[3] / 1e9
 
     def recall(self, number: int) -> None:
         """Take back all jobs up to a number that have not begun.
@@ -97,7 +90,7 @@ class PhaseRecord:
         self._words[1] = number
 
 
-WORDS = 4
+WORDS = 3
 """Length of the array of a PhaseRecord."""
 
 RECALL_DELAY = 0.001

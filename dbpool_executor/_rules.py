@@ -19,7 +19,7 @@ DELIVERY_ATTEMPTS = 3
 PATIENCE = 0.005
 """Seconds a worker may be at one job before those sent ahead to it are taken back."""
 
-_GROUP_SECONDS = 0.005  # work that may be sent ahead to one worker
+_GROUP_SECONDS = 0.005  # work in one message; a worker may have two
 _GROUP_MOST = 500  # jobs, however short
 _UNREAD_MOST = 1 << 15  # bytes that a channel takes on every system
 _SHORTEST_NAP = 0.0002  # seconds; below it the system's timers cost more than they save
@@ -65,10 +65,14 @@ def jobs_to_send(
         A number >= 0.
     """
     group = _group(seconds_per_job)
-    # Sent again only when half the group is done: full messages, and no pause.
-    if sent > group // 2:
+    # Nothing is sent behind a job that may be long.
+    most = 2 * group if group > 1 else 1
+    # Sent only when there is room for half a group: full messages. One group may be
+    # left: no pause.
+    room = most - sent
+    if 2 * room < group:
         return 0
-    return min(group - sent, -(-waiting // workers))
+    return min(group, room, -(-waiting // workers))
 
 
 def seconds_to_nap(
@@ -85,15 +89,15 @@ def seconds_to_nap(
         bytes_per_answer: How long recent answers were.
 
     Returns:
-        The time until that worker can be sent more: it has half a group left then. Or
-        half of the time until it has no more to do, since an estimate may be too high.
-        0 if it is not worth it.
+        The time until that worker can be sent more: it has one group left then. Or half
+        of the time until it has no more to do, since an estimate may be too high. 0 if
+        it is not worth it.
     """
     # A worker that has filled its channel waits for a reader.
     if sent < 2 or sent * bytes_per_answer > _UNREAD_MOST:
         return 0.0
-    ahead = sent - _group(seconds_per_job) // 2 if waiting else sent / 2
-    nap = min(ahead * seconds_per_job, _GROUP_SECONDS / 2)
+    ahead = sent - _group(seconds_per_job) if waiting else sent / 2
+    nap = min(ahead * seconds_per_job, _GROUP_SECONDS)
     return nap if nap >= _SHORTEST_NAP else 0.0
 
 

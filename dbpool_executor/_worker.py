@@ -6,7 +6,6 @@ Runs in a worker. :func:`main` is named by the parent and imported by the child.
 from __future__ import annotations
 
 import faulthandler
-import logging
 import multiprocessing
 import os
 import select
@@ -26,11 +25,12 @@ from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import Engine
 
-from ._boundary import WITH_CODE, loads_call, with_code
+from ._boundary import WITH_CODE, Buffer, loads_call, with_code
 from ._channel import Channel, Kind, Message, SharedChannel, own_end
 from ._database import Database, current_engine
 from ._exceptions import dumps_exception, set_cause
 from ._inheritance import bury_inherited
+from ._leaving import leave
 from ._logs import Forwarder, Levels
 from ._notes import notes_on, watch_limit
 from ._options import DEFAULTS, loads_options
@@ -41,10 +41,7 @@ from .errors import ArgumentsLostError, Outcome
 
 T = TypeVar("T")
 
-log = logging.getLogger("dbpool_executor")
-
 _CANCEL_GRACE = 1.0  # seconds
-_FLUSH_GRACE = 1.0
 
 
 class WorkerSetup(NamedTuple):
@@ -97,11 +94,11 @@ def main(end: socket.socket | None, sent: SentSetup) -> None:
     _take_over_signals()
     # Nothing of the interpreter's own end may run here: under fork and forkserver it
     # would act on what was inherited. The lowest priority is the last to run.
-    Finalize(None, _leave, exitpriority=-1000)
+    Finalize(None, leave, exitpriority=-1000)
     if end is None:
         end, sys.excepthook = _begun, sys.__excepthook__
     own_end(end)
-    channel = SharedChannel(end)
+    channel = Channel(end)
     tell = partial(_tell, channel)
     for note in bury_inherited():
         tell(note)
@@ -113,6 +110,8 @@ def main(end: socket.socket | None, sent: SentSetup) -> None:
             record = PhaseRecord(words)
             forwarder = None
             if setup.log_levels is not None:
+                channel = SharedChannel(end)
+                tell = partial(_tell, channel)
                 forwarder = Forwarder(partial(_send_record, channel))
                 forwarder.take_over(setup.log_levels)
             database = Database(setup.engine_factory, setup.session_options, record)
@@ -121,7 +120,7 @@ def main(end: socket.socket | None, sent: SentSetup) -> None:
                 forwarder.uninterrupted = database.alarm.paused
             watch_limit(database.engine, setup.max_workers, tell)
             if setup.initializer is not None:
-                database.run(partial(_call_only, setup.initializer))
+                database.run(_call_only, (setup.initializer,))
             for note in notes_on(database.engine):
                 tell(note)
         except BaseException as exc:
@@ -132,7 +131,8 @@ def main(end: socket.socket | None, sent: SentSetup) -> None:
         if setup.finalizer is not None:
             _finalize(database, setup.finalizer, tell)
     finally:
-        channel.drain()
+        if isinstance(channel, SharedChannel):
+            channel.drain()
         for database in databases:
             with suppress(Exception):
                 database.dispose()
@@ -183,38 +183,43 @@ def _finalize(
     database: Database, finalizer: Callable[[], object], tell: Callable[[str], None]
 ) -> None:
     try:
-        database.run(partial(_call_only, finalizer))
+        database.run(_call_only, (finalizer,))
     except Exception as exc:
         tell(f"the finalizer of a worker raised {exc!r}, so its session is rolled back")
 
 
 def _serve(channel: Channel, database: Database, record: PhaseRecord) -> None:
-    number = 0
+    last = 0
     while True:
         try:
-            jobs = deque(channel.receive())
+            messages = deque(channel.receive())
         except EOFError:
             return
-        while jobs:
-            job = jobs.popleft()
-            if job.number <= number:
-                continue  # sent twice, see Offer
-            number = job.number
-            # Begun before it is unpickled: unpickling runs the caller's code too.
-            if record.begin(number):
-                start = time.monotonic_ns()
-                answer = _run(database, job)
-                # Before the answer: with it the parent looks at what its jobs take.
-                record.add_busy(time.monotonic_ns() - start)
-            else:
-                answer = Message(Kind.RETURNED, number=number)
-            del job  # its arguments may be large, and the next job long in coming
-            channel.send(answer)
-            del answer
+        start = time.monotonic_ns()
+        while messages:
+            _, parts, number = messages.popleft()
+            waiting = deque(parts)
+            del parts  # its arguments may be large, and the next job long in coming
+            while waiting:
+                call, options = waiting.popleft(), waiting.popleft()
+                if number > last:  # or it was sent twice, see Offer
+                    last = number
+                    # Begun before it is unpickled: unpickling runs the caller's code too.
+                    if record.begin(number):
+                        kind, answer = _run(database, call, options)
+                        end = time.monotonic_ns()
+                        channel.send(Message(kind, answer, end - start))
+                        start = end
+                        del answer
+                    else:
+                        channel.send(Message(Kind.RETURNED, number=number))
+                del call
+                number += 1
 
 
-def _run(database: Database, job: Message) -> Message:
-    call, *encoded = job.parts
+def _run(
+    database: Database, call: Buffer, encoded: Buffer
+) -> tuple[Kind, Sequence[Buffer]]:
     try:
         fn, args, kwargs = loads_call(call)
     except BaseException as exc:
@@ -223,10 +228,10 @@ def _run(database: Database, job: Message) -> Message:
             what += f" (only plain values cross between processes, {WITH_CODE})"
         error = ArgumentsLostError(what)
         set_cause(error, exc)
-        return Message(Kind.FAILURE, dumps_exception(error))
-    options = loads_options(*map(bytes, encoded)) if encoded else DEFAULTS
+        return Kind.FAILURE, dumps_exception(error)
+    options = loads_options(bytes(encoded)) if encoded else DEFAULTS
     try:
-        parts = database.run(partial(_call, fn, args, kwargs), options, fn)
+        return Kind.RESULT, database.run(fn, args, kwargs, options)
     except Exception as exc:
         trace = exc.__traceback__
         while trace is not None and trace.tb_frame.f_globals.get("__package__") == (
@@ -236,25 +241,7 @@ def _run(database: Database, job: Message) -> Message:
         exc = exc.with_traceback(trace)
         parts = dumps_exception(exc, database.failed_outcome)
         repeats = options.retries > 0 and database.may_repeat(exc)
-        return Message(Kind.FAILURE, [*parts, b"1"] if repeats else parts)
-    return Message(Kind.RESULT, parts)
-
-
-def _call(
-    fn: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> object:
-    pid = os.getpid()
-    try:
-        return fn(*args, **kwargs)
-    finally:
-        if os.getpid() != pid:
-            # The job has forked. Only one of the two may commit and answer.
-            log.warning(
-                "the job %s came back in a forked copy of its worker, which ends here; "
-                "end such a copy with os._exit()",
-                getattr(fn, "__qualname__", fn),
-            )
-            _leave()
+        return Kind.FAILURE, [*parts, b"1"] if repeats else parts
 
 
 def _tell(channel: Channel, text: str) -> None:
@@ -304,18 +291,3 @@ def _take_over_signals() -> None:
             signal.signal(number, signal.SIG_DFL)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-
-def _leave() -> None:
-    # In a thread, and not waited for without end: another thread of the parent may have
-    # been printing at the fork, and nobody releases that lock here.
-    flusher = threading.Thread(target=_flush, daemon=True)
-    flusher.start()
-    flusher.join(_FLUSH_GRACE)
-    os._exit(0)
-
-
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(Exception):
-            stream.flush()

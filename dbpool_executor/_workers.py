@@ -32,6 +32,9 @@ LEAVE_GRACE = 5.0
 """Seconds for a worker that has only to leave to dispose its engine and end."""
 
 
+_GROUP_BYTES = 1 << 16  # of calls in one message; a longer one goes alone
+
+
 class Failure(NamedTuple):
     """Why workers cannot start: in words, and as an exception to be rebuilt."""
 
@@ -72,9 +75,7 @@ class Worker:
     last_number: int = 0  # of the jobs sent to it in its life, those taken back too
     answered: int = 0  # jobs in its life
     since: float = 0.0  # on time.monotonic(): its first job was not begun before it
-    # When it was last looked at: seconds that its jobs have taken, bytes of answers.
-    busy: float = 0.0
-    received: int = 0
+    received: int = 0  # bytes of answers, when it was last looked at
     recalled: Recall | None = None  # since it has answered last
     has_unsent: bool = False  # its channel did not take all
     is_overdue: bool = False  # it is killed for the timeout of its job
@@ -263,8 +264,9 @@ class Workers:
             worker.last_number += 1
             job.number = worker.last_number
         worker.sent += jobs
-        messages = [Message(Kind.JOB, job.parts, job.number) for job in jobs]
-        self.watch(worker, sent=worker.body.channel.send(*messages))
+        parts = [part for job in jobs for part in job.parts]
+        message = Message(Kind.JOB, parts, jobs[0].number)
+        self.watch(worker, sent=worker.body.channel.send(message))
         if len(worker.sent) > 1 and self._next_look == math.inf:
             self._next_look = time.monotonic() + _rules.PATIENCE
         if worker.answered + len(worker.sent) == self._max_jobs:
@@ -274,22 +276,25 @@ class Workers:
             # The worker itself has cancelled the statement by then.
             self._kill_at[worker] = worker.since + options.timeout + options.kill_after
 
-    def note_answers(self, worker: Worker, count: int, returned: int) -> None:
+    def note_answers(
+        self, worker: Worker, count: int, nanoseconds: int, returned: int
+    ) -> None:
         """Note that a worker's first jobs were taken from what was sent to it.
 
         Args:
             worker: The worker.
             count: How many it has answered.
+            nanoseconds: How long those have taken.
             returned: How many it has not begun, since they were taken back.
         """
         if count:
             worker.answered += count
-            busy, received = worker.body.busy(), worker.body.channel.bytes_received
-            self._learn((busy - worker.busy) / count, count)
+            received = worker.body.channel.bytes_received
+            self._learn(nanoseconds / 1e9 / count, count)
             self._bytes_per_answer = _rules.updated_estimate(
                 self._bytes_per_answer, (received - worker.received) / count, count
             )
-            worker.busy, worker.received = busy, received
+            worker.received = received
             worker.since = time.monotonic()
             worker.recalled = None
             self._kill_at.pop(worker, None)
@@ -449,11 +454,16 @@ def _next_jobs(waiting: deque[Job], count: int, *, alone: bool) -> list[Job]:
         alone: Whether the worker has no other job.
     """
     jobs: list[Job] = []
+    size = 0
     while waiting and len(jobs) < count:
-        limited = waiting[0].options.timeout is not None
+        job = waiting[0]
+        limited = job.options.timeout is not None
         if limited and (jobs or not alone):
             break
-        job = waiting.popleft()
+        size += len(job.parts[0])
+        if size > _GROUP_BYTES and jobs:
+            break
+        waiting.popleft()
         if job.take():
             jobs.append(job)
             if limited:

@@ -22,8 +22,9 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from . import _worker
 from ._arguments import check_pickles, factory_of
-from ._channel import Kind, Message
-from ._database import Database, _here
+from ._boundary import Buffer
+from ._channel import Message
+from ._database import _NO_KEYWORDS, Database, _here
 from ._dispatcher import _FAILURE_PARTS, Dispatcher
 from ._drivers import is_aborted
 from ._exceptions import dumps_exception
@@ -164,7 +165,7 @@ class _InlineDispatcher(Dispatcher):
 
     def check_owner(self) -> None:
         super().check_owner()
-        if hasattr(_here, "database"):
+        if _here.database is not None:
             raise RuntimeError(
                 "an InlineExecutor was used inside a job, which would mix two "
                 "transactions; submit from outside, or call the function itself"
@@ -190,7 +191,7 @@ class _InlineDispatcher(Dispatcher):
         database = self._make_database()
         try:
             if self._initializer is not None:
-                database.run(partial(_worker._call_only, self._initializer))
+                database.run(_worker._call_only, (self._initializer,))
         except BaseException:
             self._dispose(database)
             raise
@@ -201,9 +202,9 @@ class _InlineDispatcher(Dispatcher):
             assert self._workers.failure is not None  # noqa: S101 - or it has started
             return self._workers.failure.error()
         options = self._database.adapted(job.options)
-        message = Message(Kind.JOB, [job.parts[0], *dumps_options(options)])
+        call, encoded = job.parts[0], dumps_options(options)
         while True:
-            told = _worker._run(self._database, message)
+            told = Message(*_worker._run(self._database, call, encoded))
             # A fourth part says that it may succeed when it is repeated.
             if len(told.parts) <= _FAILURE_PARTS or job.attempts >= options.retries:
                 return told
@@ -259,11 +260,17 @@ class _InlineDatabase(Database):
             options = options._replace(isolation_level=None, read_only=False)
         return options._replace(timeout=None)
 
-    def _begin(self, options: JobOptions) -> None:
-        super()._begin(options)
+    def run(
+        self,
+        fn: Callable[..., object],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] = _NO_KEYWORDS,
+        options: JobOptions = DEFAULTS,
+    ) -> list[Buffer]:
         self._record.begin(1)
         # What the test has checked out is not the job's to close.
         self._of_others = weakref.WeakSet(super()._entries_in_use())
+        return super().run(fn, args, kwargs, options)
 
     def _entries_in_use(self) -> list[ConnectionPoolEntry]:
         return [e for e in super()._entries_in_use() if e not in self._of_others]
@@ -274,7 +281,7 @@ class _InlineDatabase(Database):
             return
         if is_aborted(session.connection().connection.dbapi_connection):
             raise TransactionAbortedError("a database error aborted the transaction")
-        self._commits.by_the_job |= not self._commits._is_ending
+        self._commits.by_the_job |= not self._commits.is_ending
 
 
 def _view_of(engine_factory: Callable[[], Engine]) -> Engine:

@@ -34,17 +34,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_logs": {"_boundary"},
     # Workers.
     "_alarm": set(),
+    "_leaving": set(),
     "_drivers": {"_inheritance"},
     "_notes": {"_inheritance"},
     "_resolution": {"errors"},
     "_commits": {"_alarm", "_drivers", "_inheritance", "_phase", "errors"},
     "_database": {
-        "_alarm", "_boundary", "_commits", "_drivers", "_inheritance", "_options",
-        "_phase", "_places", "_resolution", "errors",
+        "_alarm", "_boundary", "_commits", "_drivers", "_inheritance", "_leaving",
+        "_options", "_phase", "_places", "_resolution", "errors",
     },
     "_worker": {
-        "_boundary", "_channel", "_database", "_exceptions", "_inheritance", "_logs",
-        "_notes", "_options", "_phase", "_places", "_resolution", "errors",
+        "_boundary", "_channel", "_database", "_exceptions", "_inheritance", "_leaving",
+        "_logs", "_notes", "_options", "_phase", "_places", "_resolution", "errors",
     },
     # The parent.
     "_exit": set(),
@@ -64,15 +65,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "_dispatcher": {
         "_boundary", "_channel", "_endings", "_exit", "_job", "_local", "_logs",
-        "_offer", "_rules", "_stats", "_worker", "_workers", "errors",
+        "_offer", "_options", "_rules", "_stats", "_worker", "_workers", "errors",
     },
     "_executor": {
         "_arguments", "_boundary", "_dispatcher", "_job", "_local", "_logs",
         "_options", "_parent", "_results", "_stats", "_worker",
     },
     "testing": {
-        "_arguments", "_channel", "_database", "_dispatcher", "_drivers", "_exceptions",
-        "_executor", "_inheritance", "_job", "_options", "_parent", "_phase", "_worker",
+        "_arguments", "_boundary", "_channel", "_database", "_dispatcher", "_drivers",
+        "_exceptions", "_executor", "_inheritance", "_job", "_options", "_parent", "_phase", "_worker",
         "errors",
     },
     # The front door, and what comes through it.

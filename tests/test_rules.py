@@ -158,16 +158,6 @@ def test_record_of_a_worker_that_never_began_gives_every_job_back() -> None:
     assert outcome_at_end(1, progress) is Outcome.NEVER_STARTED
 
 
-def test_record_tells_how_long_the_jobs_have_taken() -> None:
-    """All together, in seconds."""
-    words = [0] * WORDS
-    worker, parent = PhaseRecord(words), PhaseRecord(words)
-    assert parent.read_busy() == 0
-    worker.add_busy(1_500_000_000)
-    worker.add_busy(250_000_000)
-    assert parent.read_busy() == 1.75
-
-
 def test_job_that_was_taken_back_does_not_begin() -> None:
     """Those up to the number that had not begun; those sent later do."""
     words = [0] * WORDS
@@ -195,8 +185,9 @@ def test_job_that_was_taken_back_does_not_begin() -> None:
         (2000, 0, 1e-6, 2, 500),  # never more than five hundred
         (10, 0, 20e-6, 2, 5),  # shared among the workers
         (3, 0, 20e-6, 2, 2),
-        (1000, 125, 19.9e-6, 2, 126),  # filled up when half is done
-        (1000, 126, 19.9e-6, 2, 0),
+        (1000, 251, 19.9e-6, 2, 251),  # one more group
+        (1000, 376, 19.9e-6, 2, 126),  # if there is room for half of it
+        (1000, 377, 19.9e-6, 2, 0),
         (0, 0, 20e-6, 2, 0),
     ],
 )
@@ -223,8 +214,9 @@ def test_idle_worker_always_gets_a_job_and_none_gets_too_much() -> None:
         )
         assert 0 <= count <= waiting
         assert sent or not waiting or count >= 1
-        assert not count or sent + count == 1 or (sent + count) * seconds <= 0.0051
-        assert not count or sent + count <= 500
+        assert not count or sent + count == 1 or (sent + count) * seconds <= 0.0101
+        assert not count or count == 1 or count * seconds <= 0.0051
+        assert count <= 500
 
 
 @pytest.mark.parametrize(
@@ -235,10 +227,10 @@ def test_idle_worker_always_gets_a_job_and_none_gets_too_much() -> None:
         (0, 8, 20e-6, 50, 0),  # not worth it
         (0, 20, 20e-6, 50, 0.2),  # half of what is left
         (0, 100, 20e-6, 50, 1),
-        (900, 225, 20e-6, 50, 2.02),  # what is left until it can be sent more
-        (900, 125, 20e-6, 50, 0),
+        (900, 450, 20e-6, 50, 4.02),  # what is left until one group is left
+        (900, 250, 20e-6, 50, 0),
         (0, 100, 20e-6, 400, 0),  # it would have to wait for a reader
-        (0, 2, 0.3, 50, 2.5),  # never longer than half a group is meant to take
+        (0, 2, 0.3, 50, 5),  # never longer than a group is meant to take
         (0, 2, math.inf, math.inf, 0),
     ],
 )

@@ -276,7 +276,7 @@ def test_program_without_guard_is_told_and_ends(
     assert program.returncode == 3
     lines = output.splitlines()
     assert lines.count("__main__") == 1
-    assert 3 <= lines.count("__mp_main__") <= 5
+    assert 3 <= output.count("__mp_main__") <= 5  # two may print at once
     assert "told WorkerStartError WorkerStartError WorkerStartError" in lines
     assert "cause RuntimeError" in lines
     assert "if __name__ == '__main__'" in errors
