@@ -18,6 +18,9 @@ from typing import Any, NamedTuple
 
 import jobs
 
+BATCH = 100
+"""Jobs in one message, for those who are told how many."""
+
 Result = Callable[[], Any]
 """Waits for the result of a job and gives it."""
 
@@ -29,11 +32,16 @@ class Runner(NamedTuple):
         submit: Takes one.
         run_all: Takes a job for each key, and gives the results in order.
         map: Takes calls of which a chunk is one transaction, where there is such a thing.
+        run_batches: Does as run_all does, with many jobs in one message, where there is
+            a call for that.
     """
 
     submit: Callable[..., Result]
     run_all: Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]
     map: Callable[..., Iterator[Any]] | None = None
+    run_batches: Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]] | None = (
+        None
+    )
 
 
 @dataclass(frozen=True)
@@ -61,14 +69,20 @@ class Contender:
             return False
 
 
-def runner(submit: Callable[..., Result]) -> Runner:
-    """Make a runner of what takes jobs one by one."""
+def runner(
+    submit: Callable[..., Result], in_batches: Callable[..., Any] | None = None
+) -> Runner:
+    """Make a runner of what takes jobs one by one, and in batches of some size."""
 
     def run_all(fn: Callable[[Any], Any], keys: Sequence[Any]) -> list[Any]:
         results = [submit(fn, key) for key in keys]
         return [result() for result in results]
 
-    return Runner(submit, run_all)
+    if in_batches is None:
+        return Runner(submit, run_all)
+    return Runner(
+        submit, run_all, run_batches=lambda fn, keys: list(in_batches(fn, keys, BATCH))
+    )
 
 
 @contextmanager
@@ -76,7 +90,10 @@ def _ours(workers: int) -> Iterator[Runner]:
     from dbpool_executor import DBPoolExecutor
 
     with DBPoolExecutor(jobs.make_engine, workers) as executor:
-        found = runner(lambda fn, *args: executor.submit(fn, *args).result)
+        found = runner(
+            lambda fn, *args: executor.submit(fn, *args).result,
+            lambda fn, keys, size: executor.map(fn, keys, chunksize=size),
+        )
         yield found._replace(map=executor.map)
 
 
@@ -88,7 +105,14 @@ def _standard(
 
     context = multiprocessing.get_context("forkserver")
     with ProcessPoolExecutor(workers, context, initializer) as executor:
-        yield runner(lambda fn, *args: executor.submit(fn, *args).result)
+        yield runner(
+            lambda fn, *args: executor.submit(fn, *args).result,
+            lambda fn, keys, size: executor.map(fn, keys, chunksize=size),
+        )
+
+
+def _joblib_one_by_one(workers: int) -> AbstractContextManager[Runner]:
+    return _joblib(workers, batch=1)
 
 
 def _engine_per_job(workers: int) -> AbstractContextManager[Runner]:
@@ -100,7 +124,7 @@ def _multiprocessing(
     workers: int, package: ModuleType = multiprocessing
 ) -> Iterator[Runner]:
     with package.get_context("forkserver").Pool(workers, jobs.connect) as pool:
-        yield runner(lambda fn, *args: pool.apply_async(fn, args).get)
+        yield runner(lambda fn, *args: pool.apply_async(fn, args).get, pool.map)
         pool.close()
         pool.join()
 
@@ -118,7 +142,10 @@ def _loky(workers: int) -> Iterator[Runner]:
     from loky import get_reusable_executor
 
     with get_reusable_executor(workers, initializer=jobs.connect) as executor:
-        yield runner(lambda fn, *args: executor.submit(fn, *args).result)
+        yield runner(
+            lambda fn, *args: executor.submit(fn, *args).result,
+            lambda fn, keys, size: executor.map(fn, keys, chunksize=size),
+        )
 
 
 @contextmanager
@@ -127,7 +154,10 @@ def _pebble(workers: int) -> Iterator[Runner]:
 
     context = multiprocessing.get_context("forkserver")
     with ProcessPool(workers, initializer=jobs.connect, context=context) as pool:
-        yield runner(lambda fn, *args: pool.schedule(fn, args).result)
+        yield runner(
+            lambda fn, *args: pool.schedule(fn, args).result,
+            lambda fn, keys, size: pool.map(fn, keys, chunksize=size).result(),
+        )
 
 
 @contextmanager
@@ -139,15 +169,20 @@ def _mpire(workers: int) -> Iterator[Runner]:
         def submit(fn: Callable[..., Any], *args: Any) -> Result:
             return pool.apply_async(fn, args, worker_init=jobs.connect).get
 
-        yield runner(submit)
+        def in_batches(fn: Callable[..., Any], keys: Sequence[Any], size: int) -> Any:
+            return pool.map(fn, keys, chunk_size=size, worker_init=jobs.connect)
+
+        yield runner(submit, in_batches)
 
 
 @contextmanager
-def _joblib(workers: int) -> Iterator[Runner]:
+def _joblib(workers: int, batch: int | str = "auto") -> Iterator[Runner]:
     from joblib import Parallel, delayed
     from joblib.externals.loky import get_reusable_executor
 
-    with Parallel(workers, backend="loky", initializer=jobs.connect) as parallel:
+    with Parallel(
+        workers, backend="loky", batch_size=batch, initializer=jobs.connect
+    ) as parallel:
 
         def submit(fn: Callable[..., Any], *args: Any) -> Result:
             return lambda: parallel([delayed(fn)(*args)])[0]
@@ -155,7 +190,7 @@ def _joblib(workers: int) -> Iterator[Runner]:
         def run_all(fn: Callable[[Any], Any], keys: Sequence[Any]) -> list[Any]:
             return parallel(delayed(fn)(key) for key in keys)
 
-        yield Runner(submit, run_all)
+        yield Runner(submit, run_all, run_batches=run_all)
     get_reusable_executor().shutdown()
 
 
@@ -208,6 +243,7 @@ OURS = "dbpool_executor"
 STANDARD = "ProcessPoolExecutor"
 BARE = "no executor"
 PER_JOB = "engine per job"
+ONE_BY_ONE = "joblib, batch_size=1"
 
 CONTENDERS = {
     OURS: Contender(_ours, jobs="session_jobs"),
@@ -218,6 +254,7 @@ CONTENDERS = {
     "mpire": Contender(_mpire, "mpire"),
     "billiard": Contender(_billiard, "billiard"),
     "joblib": Contender(_joblib, "joblib"),
+    ONE_BY_ONE: Contender(_joblib_one_by_one, "joblib"),
     PER_JOB: Contender(_engine_per_job, jobs="engine_jobs", slowness=10),
     BARE: Contender(_no_executor),
 }

@@ -22,7 +22,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
-from contenders import BARE, CONTENDERS, OURS, PER_JOB, STANDARD, Contender, Runner
+from contenders import (
+    BARE,
+    CONTENDERS,
+    ONE_BY_ONE,
+    OURS,
+    PER_JOB,
+    STANDARD,
+    Contender,
+    Runner,
+)
 from database import ROWS, execute
 from fairness import Run, longest_unfair_wait
 
@@ -101,6 +110,18 @@ def rate(work: Work, contender: Contender, workers: int, size: int) -> Figures:
         seconds = _timed(work.is_right, runner, job, keys)
         if work.count:
             assert execute(work.count) - before == len(keys)
+    return {"us a job": seconds / len(keys) * 1e6}
+
+
+def batches(contender: Contender, workers: int, size: int) -> Figures:
+    """Have trivial jobs run, many of them in one message."""
+    keys = TRIVIAL.keys(size)
+    with contender.start(workers) as runner:
+        assert runner.run_batches is not None
+        warm(runner, workers)
+        in_batches = runner._replace(run_all=runner.run_batches)
+        in_batches.run_all(jobs.trivial, keys)
+        seconds = _timed(TRIVIAL.is_right, in_batches, jobs.trivial, keys)
     return {"us a job": seconds / len(keys) * 1e6}
 
 
@@ -328,15 +349,19 @@ class Scenario:
     has_tables: bool = False
 
 
-EXECUTORS = tuple(name for name in CONTENDERS if name not in (PER_JOB, BARE))
+EXECUTORS = tuple(n for n in CONTENDERS if n not in (PER_JOB, BARE, ONE_BY_ONE))
+ALL = tuple(name for name in CONTENDERS if name != ONE_BY_ONE)
 FEW = (OURS, STANDARD, "multiprocessing.Pool")
 
 SCENARIOS = {
-    "trivial-rate": Scenario(partial(rate, TRIVIAL), 10_000, 50, EXECUTORS),
+    "trivial-rate": Scenario(
+        partial(rate, TRIVIAL), 10_000, 50, (*EXECUTORS, ONE_BY_ONE)
+    ),
+    "trivial-batches": Scenario(batches, 100_000, 400, EXECUTORS),
     "trivial-round-trip": Scenario(partial(round_trip, TRIVIAL), 2_000, 20, EXECUTORS),
-    "read-rate": Scenario(partial(rate, READ), 3_000, 40, tuple(CONTENDERS), True),
+    "read-rate": Scenario(partial(rate, READ), 3_000, 40, ALL, True),
     "read-round-trip": Scenario(partial(round_trip, READ), 1_000, 20, EXECUTORS, True),
-    "update-rate": Scenario(partial(rate, UPDATE), 2_000, 40, tuple(CONTENDERS), True),
+    "update-rate": Scenario(partial(rate, UPDATE), 2_000, 40, ALL, True),
     "insert-chunks": Scenario(inserts, 100_000, 400, (OURS, STANDARD, BARE), True),
     "bytes-1mb": Scenario(partial(rate, BYTES), 100, 4, EXECUTORS),
     "rows-100k": Scenario(partial(rate, REPORT), 10, 2, EXECUTORS),
@@ -403,7 +428,11 @@ _PEERS = ("multiprocessing.Pool", "loky", "pebble", "mpire", "billiard", "joblib
 GOALS = [
     Goal("trivial-rate", _JOB, ">=", 5.0, STANDARD),
     Goal("trivial-rate", _JOB, ">=", 1.2, "multiprocessing.Pool"),
-    *(Goal("trivial-rate", _JOB, ">=", 1.0, peer) for peer in _PEERS[1:]),
+    *(
+        Goal("trivial-rate", _JOB, ">=", 1.0, peer)
+        for peer in (*_PEERS[1:], ONE_BY_ONE)
+    ),
+    Goal("trivial-batches", _JOB, ">=", 1.0, "joblib"),
     Goal("trivial-round-trip", _JOB, "<=", 0.4, STANDARD),
     *(Goal("trivial-round-trip", _JOB, "<=", 1.0, peer) for peer in _PEERS),
     Goal("read-rate", _JOB, ">=", 0.9, BARE),

@@ -16,7 +16,7 @@ from contextlib import suppress
 from importlib import import_module
 from multiprocessing.reduction import ForkingPickler
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import sqlalchemy
 from sqlalchemy import Connection, Engine, Result, ScalarResult
@@ -25,6 +25,7 @@ from sqlalchemy.orm import Query, Session, scoped_session, sessionmaker
 from sqlalchemy.orm.state import InstanceState
 from sqlalchemy.pool import PoolProxiedConnection
 
+from ._collection import collection_pause
 from ._places import asyncio_classes, full_name, innermost, place_of
 from .errors import NotPlainError, Outcome
 
@@ -41,6 +42,7 @@ WITH_CODE = (
 """What to add where a function or class could not cross."""
 
 _PROTOCOL = 5  # the first with out-of-band buffers (PEP 574)
+_LARGE = 1 << 16  # bytes
 _dumps = functools.partial(pickle.dumps, protocol=_PROTOCOL)
 
 
@@ -275,10 +277,9 @@ def loads_call(
     Raises:
         Exception: Whatever the unpickling of an argument raises.
     """
-    call: tuple[Any, Any, Any] = pickle.loads(data)
-    first, second, third = call
+    first, second, third = call = _loads(data)
     if type(first) is not str:
-        return call
+        return cast("tuple[Any, Any, Any]", call)
     try:
         return getattr(sys.modules[first], second), third, {}
     except (KeyError, AttributeError):
@@ -353,10 +354,18 @@ def loads_result(parts: Sequence[Buffer]) -> object:
         Exception: Whatever the unpickling of the value raises.
     """
     if len(parts) == 1:
-        return pickle.loads(parts[0])
+        return _loads(parts[0])
     # What is made over bytes is read-only; what was large has arrived in a bytearray.
     buffers = [b if isinstance(b, bytearray) else bytearray(b) for b in parts[1:]]
-    return pickle.loads(parts[0], buffers=buffers)
+    return _loads(parts[0], buffers)
+
+
+def _loads(data: Buffer, buffers: Sequence[Buffer] = ()) -> Any:
+    if len(data) < _LARGE:
+        return pickle.loads(data, buffers=buffers)
+    # Each of the objects that are made would be looked at again and again.
+    with collection_pause:
+        return pickle.loads(data, buffers=buffers)
 
 
 # -- What is said of it ---------------------------------------------------------

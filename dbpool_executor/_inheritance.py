@@ -31,6 +31,8 @@ from typing import Any
 from sqlalchemy import URL, Engine, event
 from sqlalchemy.pool import ConnectionPoolEntry, Pool, PoolProxiedConnection
 
+from ._collection import collection_pause
+
 # By which a driver's connection is known, PEP 249.
 _CONNECTION_SHAPE = ("cursor", "commit", "rollback", "close")
 
@@ -46,7 +48,6 @@ class _Watch:
         self.knows_older = False  # those from before the import are in `entries` too
         self.graveyard: list[object] = []  # inherited, kept for ever
         self.fork = _Fork()
-        self.pause = _CollectionPause()
 
     def live_entries(self) -> list[ConnectionPoolEntry]:
         if not self.knows_older:
@@ -64,36 +65,6 @@ class _Fork(threading.local):
     is_thorough = False
 
 
-class _CollectionPause:
-    """Stops automatic garbage collection for as long as any thread needs it."""
-
-    def __init__(self) -> None:
-        # Guards the other two. Never held across a fork: a thread that waits for it
-        # in the copy would wait for ever.
-        self._lock = threading.Lock()
-        self._count = 0  # begun and not yet ended
-        self._was_on = False  # before the first of them
-
-    def begin(self) -> None:
-        with self._lock:
-            if not self._count:
-                self._was_on = gc.isenabled()
-            self._count += 1
-            gc.disable()
-
-    def end(self) -> None:
-        with self._lock:
-            self._count -= 1
-            if self._was_on and not self._count:
-                gc.enable()
-
-    def end_in_child(self) -> None:
-        # Another thread may have held the lock, or have had need of the pause as well.
-        self._lock = threading.Lock()
-        self._count = 1
-        self.end()
-
-
 def living(*classes: type) -> list[Any]:
     """Give the objects of some classes that the garbage collector knows.
 
@@ -105,7 +76,7 @@ def living(*classes: type) -> list[Any]:
 def _living(is_wanted: Callable[[type], bool]) -> list[Any]:
     # Each by its type() and not by isinstance(): a proxy's __class__ may be a property
     # that runs anybody's code.
-    _watch.pause.begin()
+    collection_pause.begin()
     try:
         wanted = set(filter(is_wanted, set(map(type, _all_objects()))))
         objects: list[object] = []
@@ -123,7 +94,7 @@ def _living(is_wanted: Callable[[type], bool]) -> list[Any]:
         deque(map(operator.call, steps), maxlen=0)
         return found
     finally:
-        _watch.pause.end()
+        collection_pause.end()
 
 
 def _all_objects() -> Iterator[object]:
@@ -241,7 +212,7 @@ def _note_entry(_connection: object, entry: ConnectionPoolEntry) -> None:
 
 
 def _before_fork() -> None:
-    _watch.pause.begin()
+    collection_pause.begin()
     held = _connections()
     if _watch.fork.is_thorough:
         held += _living(_is_connection)
@@ -250,7 +221,7 @@ def _before_fork() -> None:
 
 def _after_fork_in_parent() -> None:
     _watch.fork.held = ()
-    _watch.pause.end()
+    collection_pause.end()
 
 
 def _after_fork_in_child() -> None:
@@ -258,7 +229,7 @@ def _after_fork_in_child() -> None:
     _bury([*_watch.fork.held, *_connections()])
     _watch.fork = _Fork()
     _watch.entries.clear()
-    _watch.pause.end_in_child()
+    collection_pause.end_in_child()
 
 
 def _connections() -> list[object]:

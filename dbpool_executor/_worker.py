@@ -6,6 +6,7 @@ Runs in a worker. :func:`main` is named by the parent and imported by the child.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import select
@@ -42,6 +43,7 @@ from .errors import ArgumentsLostError, Outcome
 T = TypeVar("T")
 
 _CANCEL_GRACE = 1.0  # seconds
+_NEW_OBJECTS = 10_000  # after which garbage is collected
 
 
 class WorkerSetup(NamedTuple):
@@ -100,6 +102,10 @@ def main(end: socket.socket | None, sent: SentSetup) -> None:
     own_end(end)
     channel = Channel(end)
     tell = partial(_tell, channel)
+    # As it is by default, to add a thousand rows to a session is to have all of them
+    # looked at more than once.
+    if 0 < gc.get_threshold()[0] < _NEW_OBJECTS:
+        gc.set_threshold(_NEW_OBJECTS, *gc.get_threshold()[1:])
     for note in bury_inherited():
         tell(note)
     databases: list[Database] = []  # none until it is made

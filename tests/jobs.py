@@ -6,6 +6,7 @@ Imported by workers, so it imports no pytest.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import socket
 import stat
@@ -36,6 +37,11 @@ def give(value: Any) -> Any:
 def pid() -> int:
     """Tell which worker this is."""
     return os.getpid()
+
+
+def collection_threshold() -> int:
+    """Tell after how many new objects this worker collects garbage."""
+    return gc.get_threshold()[0]
 
 
 def wait_at_gate(address: tuple[str, int], value: Any = None) -> Any:
@@ -149,6 +155,14 @@ def insert_and_leave_unflushed(name: str) -> None:
 
 
 # -- Reading, and looking at the session ----------------------------------------
+
+
+def insert_and_commit_and_tell_expiry() -> bool:
+    """Write an item, commit, and tell whether it would be read anew."""
+    item = Item(name="kept")
+    session.add(item)
+    session.commit()
+    return inspect(item).expired
 
 
 def count_items() -> int:

@@ -23,6 +23,7 @@ OURS = "dbpool_executor"
 STANDARD = "ProcessPoolExecutor"
 SCENARIOS = [
     "trivial-rate",
+    "trivial-batches",
     "trivial-round-trip",
     "read-rate",
     "read-round-trip",
@@ -37,7 +38,7 @@ SCENARIOS = [
     "mixed-load",
     "job-length",
 ]
-EVERYONE = {"update-rate"}  # scenarios that all contenders run here
+EVERYONE = {"update-rate", "trivial-batches"}  # scenarios that all contenders run here
 
 
 @pytest.fixture

@@ -6,11 +6,15 @@ In this process for the most part; the last tests send values to two workers and
 from __future__ import annotations
 
 import datetime as dt
+import gc
 import math
 import multiprocessing
 import operator
+import os
 import pickle
 import sqlite3
+import subprocess
+import sys
 import threading
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
@@ -682,3 +686,54 @@ def test_refused_result_is_not_asked_for_its_text() -> None:
     """Its own code would run, and what that raises would stand for the refusal."""
     with pytest.raises(NotPlainError, match=r"result\[0\] is a .*WordlessSession"):
         dumps_result([WordlessSession()])
+
+
+def test_nothing_is_collected_while_something_large_is_rebuilt() -> None:
+    """Each object that is made would be looked at again; afterwards it goes on."""
+    small, large = (
+        values.TellsOfCollection(),
+        [values.TellsOfCollection(), bytes(1 << 17)],
+    )
+    assert gc.isenabled()
+    assert loads_result(dumps_result(small)).was_on
+    assert not loads_result(dumps_result(large))[0].was_on
+    assert gc.isenabled()
+    with pytest.raises(LookupError):
+        loads_result(
+            dumps_result(
+                [values.UnpicklesWith(values.raise_lookup_error), bytes(1 << 17)]
+            )
+        )
+    assert gc.isenabled()
+
+
+def test_function_is_called_by_its_name_only_if_it_has_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another one of that name is not called in its place."""
+    fn, args, kwargs = loads_call(dumps_call(jobs.add, (1, 2), {}))
+    assert (fn, args, kwargs) == (jobs.add, (1, 2), {})
+    before = jobs.add
+    monkeypatch.setattr(jobs, "add", lambda a, b: a * b)
+    with pytest.raises(pickle.PicklingError, match="not the same object"):
+        dumps_call(before, (3, 4), {})
+
+
+def test_module_that_was_not_imported_is_imported_for_a_call() -> None:
+    """A worker comes by the modules of its jobs in this way."""
+    call = dumps_call(jobs.add, (1, 2), {})
+    program = (
+        "import sys; from dbpool_executor._boundary import loads_call\n"
+        "assert 'jobs' not in sys.modules\n"
+        "fn, args, kwargs = loads_call(sys.stdin.buffer.read())\n"
+        "print(fn(*args, **kwargs))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        input=call,
+        capture_output=True,
+        check=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.stdout.split() == [b"3"]

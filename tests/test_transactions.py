@@ -295,3 +295,13 @@ def test_thread_of_a_job_has_no_session(
     executor = make_executor(sqlite_database.make_engine, 1)
     raised = executor.submit(jobs.session_from_thread).result(LONGEST)
     assert raised == ["OutsideJobError"] * 3
+
+
+def test_what_a_job_commits_by_itself_is_read_anew(
+    sqlite_database: Database, make_executor: MakeExecutor
+) -> None:
+    """As in every session; only after the worker's own commit nobody would read it."""
+    executor = make_executor(sqlite_database.make_engine, 1).options(commit=False)
+    future = executor.submit(jobs.insert_and_commit_and_tell_expiry)
+    assert future.result(LONGEST) is True
+    assert sqlite_database.names() == {"kept"}

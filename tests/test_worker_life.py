@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Callable
 from multiprocessing.context import BaseContext
 from pathlib import Path
 
@@ -418,3 +420,23 @@ def test_resources_of_multiprocessing_reach_workers_and_are_not_complained_of(
     with programs.running(tmp_path / "program.py", text) as program:
         output, errors = program.communicate(timeout=60)
     assert (program.returncode, output, errors) == (0, "45\n45 45\n", "")
+
+
+@pytest.mark.parametrize(
+    ("initializer", "threshold"), [(None, 10_000), (gc.set_threshold, 50)]
+)
+def test_worker_collects_garbage_less_often_unless_it_is_told_when(
+    sqlite_database: Database,
+    make_executor: MakeExecutor,
+    initializer: Callable[..., None] | None,
+    threshold: int,
+) -> None:
+    """What the initializer says comes after what the worker does by itself."""
+    executor = make_executor(
+        sqlite_database.make_engine,
+        1,
+        initializer=initializer,
+        initargs=() if initializer is None else (threshold,),
+    )
+    found = executor.submit(jobs.collection_threshold).result(LONGEST)
+    assert found == threshold

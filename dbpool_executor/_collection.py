@@ -1,0 +1,53 @@
+"""Stops automatic garbage collection for a while.
+
+Runs in every process that imports the package: while connections are looked for, at a
+fork, and while something large is unpickled.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+
+
+class CollectionPause:
+    """Stops automatic garbage collection for as long as any thread needs it."""
+
+    def __init__(self) -> None:
+        # Guards the other two. Never held across a fork: a thread that waits for it
+        # in the copy would wait for ever.
+        self._lock = threading.Lock()
+        self._count = 0  # begun and not yet ended
+        self._was_on = False  # before the first of them
+
+    def __enter__(self) -> None:
+        self.begin()
+
+    def __exit__(self, *_exc: object) -> None:
+        self.end()
+
+    def begin(self) -> None:
+        """Stop it, until :meth:`end`."""
+        with self._lock:
+            if not self._count:
+                self._was_on = gc.isenabled()
+            self._count += 1
+            gc.disable()
+
+    def end(self) -> None:
+        """Let it go on, unless another thread has need of the pause."""
+        with self._lock:
+            self._count -= 1
+            if self._was_on and not self._count:
+                gc.enable()
+
+    def end_in_child(self) -> None:
+        """Do as :meth:`end` does, in a copy of the process that was forked since."""
+        # Another thread may have held the lock, or have had need of the pause as well.
+        self._lock = threading.Lock()
+        self._count = 1
+        self.end()
+
+
+collection_pause = CollectionPause()
+"""That of this process."""
