@@ -16,7 +16,7 @@ from contextlib import suppress
 from importlib import import_module
 from multiprocessing.reduction import ForkingPickler
 from types import FunctionType
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import sqlalchemy
 from sqlalchemy import Connection, Engine, Result, ScalarResult
@@ -42,7 +42,7 @@ WITH_CODE = (
 """What to add where a function or class could not cross."""
 
 _PROTOCOL = 5  # the first with out-of-band buffers (PEP 574)
-_LARGE = 1 << 16  # bytes
+_LARGE = 1 << 16  # bytes of a pickle
 _dumps = functools.partial(pickle.dumps, protocol=_PROTOCOL)
 
 
@@ -277,13 +277,14 @@ def loads_call(
     Raises:
         Exception: Whatever the unpickling of an argument raises.
     """
-    first, second, third = call = _loads(data)
-    if type(first) is not str:
-        return cast("tuple[Any, Any, Any]", call)
+    call: tuple[Any, Any, Any] = _loads(data)
+    module, name, args = call
+    if type(name) is not str:
+        return call
     try:
-        return getattr(sys.modules[first], second), third, {}
+        return getattr(sys.modules[module], name), args, {}
     except (KeyError, AttributeError):
-        return getattr(import_module(first), second), third, {}
+        return getattr(import_module(module), name), args, {}
 
 
 def dumps_result(value: object) -> list[Buffer]:

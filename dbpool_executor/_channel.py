@@ -121,9 +121,10 @@ class Channel:
         if len(messages) == 1 and len(messages[0].parts) == 1 and not self._unsent:
             ((kind, (part,), number),) = messages
             if len(part) <= _COPY_LIMIT:
-                data = _HEAD.pack(kind, number, 1, len(part)) + part
-                unsent = self.send_at_once(data)
-                return True if not unsent else self.send_rest(unsent)
+                unsent = self.send_at_once(
+                    _HEAD.pack(kind, number, 1, len(part)) + part
+                )
+                return not unsent or self.send_rest(unsent)
         small: list[Buffer] = []  # in one call to the system
         for message in messages:
             for buffer in frame(message):

@@ -13,6 +13,7 @@ from typing import Any
 
 from sqlalchemy import Dialect, Engine, event
 from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
@@ -138,13 +139,13 @@ class CommitWatch:
 
             setattr(dialect, name, wrapped)
 
-        do_begin, do_commit = dialect.do_begin, dialect.do_commit
-        do_execute = dialect.do_execute
-
         # What each job does goes through as few calls as it can.
-        def begin(connection: PoolProxiedConnection) -> None:
-            self._before_begin(connection)
-            do_begin(connection)
+        does_nothing = DefaultDialect.do_begin
+        if getattr(dialect.do_begin, "__func__", None) is does_nothing:
+            vars(dialect)["do_begin"] = self._before_begin
+        else:
+            before("do_begin", self._before_begin)
+        do_commit, do_execute = dialect.do_commit, dialect.do_execute
 
         def commit(connection: PoolProxiedConnection) -> None:
             self._before_commit(connection)
@@ -157,7 +158,7 @@ class CommitWatch:
                 self._before_statement(cursor, statement)
             do_execute(cursor, statement, values, context)
 
-        vars(dialect).update(do_begin=begin, do_commit=commit, do_execute=execute)
+        vars(dialect).update(do_commit=commit, do_execute=execute)
         for name in ("do_prepare_twophase", "do_commit_twophase"):
             before(name, lambda on, *_rest: self._before_commit(on.connection))
         for name in ("do_executemany", "do_execute_no_params"):

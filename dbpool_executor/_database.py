@@ -348,12 +348,13 @@ class Database:
         return error
 
     def _end_session(self, current: Session) -> None:
-        self.session = None  # the next job gets a new one, whatever becomes of this
         try:
             current.close()
         except Exception:
             # The job's fate is decided by now.
             log.warning("the session of a job did not close", exc_info=True)
+        finally:
+            self.session = None  # also one that a listener has opened meanwhile
 
     def _take_back(self, name: str) -> None:
         """Close the connections that a job took and did not give back."""

@@ -719,6 +719,11 @@ def test_function_is_called_by_its_name_only_if_it_has_it(
         dumps_call(before, (3, 4), {})
 
 
+def test_text_is_not_taken_for_the_name_of_a_module() -> None:
+    """It is no function, and the job says so."""
+    assert loads_call(dumps_call("os", (1,), {})) == ("os", (1,), {})  # type: ignore[arg-type]
+
+
 def test_module_that_was_not_imported_is_imported_for_a_call() -> None:
     """A worker comes by the modules of its jobs in this way."""
     call = dumps_call(jobs.add, (1, 2), {})
