@@ -267,8 +267,6 @@ class Channel:
 def frame(message: Message) -> list[Buffer]:
     """Give what is sent for a message: its head, then its parts."""
     kind, parts, number = message
-    if len(parts) == 1:
-        return [_HEAD.pack(kind, number, 1, len(parts[0])), parts[0]]
     first, *others = map(len, parts) if parts else (0,)
     head = _HEAD.pack(kind, number, len(parts), first)
     return [head + _lengths(len(others)).pack(*others), *parts]

@@ -46,7 +46,6 @@ class PhaseRecord:
     def __init__(self, words: MutableSequence[int]) -> None:
         self._words = words
         self._begun = 0
-        self._has_xid = False
 
     def begin(self, number: int) -> bool:
         """Note that a job begins, unless it was taken back.
@@ -57,9 +56,7 @@ class PhaseRecord:
         # First written, then read, against recall(), which writes first and has
         # begun() read a while later: at least one of the two sees the other.
         self._begun = number
-        if self._has_xid:
-            self._has_xid = False
-            self._words[2] = 0  # what another job has noted
+        self._words[2] = 0  # what another job has noted
         self._words[0] = number << 2 | _RUNNING
         return number > self._words[1]
 
@@ -74,7 +71,6 @@ class PhaseRecord:
 
     def note_xid(self, xid: int) -> None:
         """Note the id of the transaction that is about to be committed."""
-        self._has_xid = True
         self._words[2] = xid
 
     def read_xid(self) -> int:

@@ -399,3 +399,13 @@ def fail_to_initialize() -> None:
 def never_leave() -> None:
     """As an initializer: keep the worker from ending when it is told to leave."""
     event.listen(current_engine(), "engine_disposed", lambda _engine: signal.pause())
+
+
+class Reopening(Session):
+    """A session at whose end another one is opened, as a listener may do."""
+
+    def close(self) -> None:
+        """Close it, and ask for the next."""
+        super().close()
+        session.registry.clear()
+        session.info["left"] = "behind"

@@ -196,6 +196,11 @@ def look_for_traces() -> dict[str, Any]:
     }
 
 
+def session_info() -> dict[str, Any]:
+    """Tell what was noted in the session before this job."""
+    return dict(session.info)
+
+
 def session_settings() -> dict[str, Any]:
     """Tell how this job's session was made."""
     return {

@@ -305,3 +305,16 @@ def test_what_a_job_commits_by_itself_is_read_anew(
     future = executor.submit(jobs.insert_and_commit_and_tell_expiry)
     assert future.result(LONGEST) is True
     assert sqlite_database.names() == {"kept"}
+
+
+def test_session_that_is_opened_at_the_end_of_a_job_is_not_the_next_ones(
+    sqlite_database: Database, make_executor: MakeExecutor
+) -> None:
+    """It goes with the job, as the first one does."""
+    executor = make_executor(
+        sqlite_database.make_engine, 1, session_options={"class_": faults.Reopening}
+    )
+    for name in ("a", "b"):
+        executor.submit(jobs.insert_item, name).result(LONGEST)
+        assert executor.submit(jobs.session_info).result(LONGEST) == {}
+    assert sqlite_database.names() == {"a", "b"}
