@@ -107,10 +107,29 @@ class Channel:
             raise EOFError from exc
         if not data:
             raise EOFError
+        return self.take_in(data)
+
+    def receive_into(self, inbox: list[bytes]) -> None:
+        """Read once, for somebody who may be interrupted by a signal.
+
+        Args:
+            inbox: Gets the bytes; what was read is there, whatever happens. Nothing if
+                there was nothing, and no bytes if the stream has ended.
+        """
+        with suppress(OSError):
+            inbox.extend(map(self._end.recv, (_READ_SIZE,)))
+
+    def take_in(self, data: bytes) -> list[Message]:
+        """Give the messages that are complete with the bytes that were read."""
         self.bytes_received += len(data)
         if self._received:
             data, self._received = self._received + data, b""
         return self._parse(data)
+
+    @property
+    def is_between_messages(self) -> bool:
+        """Whether what was read ended with a message."""
+        return not self._received and self._large is None
 
     def send(self, *messages: Message) -> bool:
         """Send messages, or as much of them as the socket takes now.
@@ -270,6 +289,16 @@ def frame(message: Message) -> list[Buffer]:
     first, *others = map(len, parts) if parts else (0,)
     head = _HEAD.pack(kind, number, len(parts), first)
     return [head + _lengths(len(others)).pack(*others), *parts]
+
+
+def unframe(data: bytes) -> Message | None:
+    """Give the one message that some bytes are; None if they are not just one part."""
+    if len(data) < _HEAD.size:
+        return None
+    code, number, count, length = _HEAD.unpack_from(data)
+    if count != 1 or len(data) != _HEAD.size + length:
+        return None
+    return Message(_KINDS[code], [data[_HEAD.size :]], number)
 
 
 @functools.lru_cache(maxsize=64)

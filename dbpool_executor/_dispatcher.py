@@ -26,7 +26,7 @@ from ._exit import at_exit
 from ._job import Job, JobFuture
 from ._local import LocalWorker
 from ._logs import handle_record
-from ._offer import Offer
+from ._offer import Offers
 from ._options import DEFAULTS, dumps_options
 from ._stats import Stats
 from ._worker import outcome_of_transaction
@@ -75,14 +75,14 @@ class Dispatcher:
         # True while the thread sleeps and a new job would be something to do.
         self._listening = False
         self._is_acting = False  # the thread has something to do for the workers
-        # While it sleeps: what a caller may do without it.
-        self._offer: Offer | None = None
         self._bell, self._ear = make_ends()
         self._bell.setblocking(False)
         self._ear.setblocking(False)
         # From here on the thread's own.
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._ear, selectors.EVENT_READ)
+        # While it sleeps: what callers may do without it.
+        self._offers = Offers(self._lock, self._selector, self._wake)
         self._workers = Workers(start_worker, max_workers, max_jobs, self._selector)
         self._told: list[tuple[Job, Message | BaseException]] = []  # to be settled
         self._later: list[tuple[float, int, Job]] = []  # to be repeated; a heap
@@ -105,11 +105,13 @@ class Dispatcher:
             self.check_open()
             if self._thread is None:
                 self._begin()
-            offer = self._offer
+            offer = self._offers.standing
             if offer is not None and job.options.timeout is None and offer.take(job):
-                is_heard = offer.is_sent
+                job.future.read_answer = self._offers.read_answer
+                is_heard = offer.unsent == b""
             else:
-                self._offer = None  # a later job must not overtake this one
+                if offer is not None:
+                    offer.is_open = False  # a later job must not overtake this one
                 self._waiting.append(job)
                 is_heard = not self._listening
         if not is_heard:
@@ -201,13 +203,16 @@ class Dispatcher:
     def stats(self) -> Stats:
         """Count workers and jobs; a snapshot."""
         workers, idle = len(self._workers.all), len(self._workers.idle)
-        busy = self._workers.count_busy()
+        busy, done = self._workers.count_busy(), self._done
+        if (offer := self._offers.standing) is not None:
+            busy += offer.taken is not None
+            done += offer.answered
         return Stats(
             workers=workers,
             idle=min(idle, workers - busy),
             queued=len(self._waiting) + len(self._later),
             running=busy,
-            done=self._done,
+            done=done,
             failed=self._failed,
             retried=self._retried,
             died=self._workers.died,
@@ -280,7 +285,7 @@ class Dispatcher:
         self._listening = bool(workers.idle) or workers.has_room
         timeout = self._seconds_to_wait()
         if self._listening and timeout != 0.0 and not self._closing:
-            self._offer = workers.offer()
+            self._offers.standing = workers.offer()
         # Last: whoever is woken needs the interpreter, which is let go of only now.
         self._is_acting = False
         self._settle()
@@ -289,12 +294,13 @@ class Dispatcher:
         events = self._selector.select(0.0 if self._told else timeout)
         self._is_acting = True
         self._listening = False
-        self._offer = None
-        workers.withdraw()
+        read = self._withdraw()
         if self._sparing:
             # Before the answers that came meanwhile: by those it would spare too many.
             self._sparing = False
             self._spare(workers.wanting(len(self._waiting)))
+        if read is not None:
+            self._take_in(*read)
         for key, mask in events:
             worker: Worker | None = key.data
             if worker is None:
@@ -306,6 +312,24 @@ class Dispatcher:
             if mask & selectors.EVENT_READ:
                 self._receive(worker)
         workers.kill_overdue()
+
+    def _withdraw(self) -> tuple[Worker, list[Message]] | None:
+        """Take back what was offered.
+
+        Returns:
+            The worker that a caller had and what that has read from it; None if nothing.
+        """
+        offer = self._offers.withdraw()
+        if offer is None:
+            return None
+        worker = self._workers.withdraw(offer)
+        self._done += offer.answered
+        if offer.told is not None:  # the caller was interrupted, or is about to do it
+            job, answer = offer.told
+            job.settle(answer)
+        # At the end of the stream the selector tells of it again.
+        data = b"".join(offer.inbox)
+        return (worker, worker.body.channel.take_in(data)) if data else None
 
     def _seconds_to_wait(self) -> float | None:
         workers = self._workers
@@ -327,6 +351,9 @@ class Dispatcher:
         except EOFError:
             self._note_ending(self._workers.bury(worker))
             return
+        self._take_in(worker, messages)
+
+    def _take_in(self, worker: Worker, messages: list[Message]) -> None:
         answered = nanoseconds = returned = 0
         for message in messages:
             kind, _, number = message
@@ -455,7 +482,7 @@ class Dispatcher:
         with self._lock:
             self._closing = True
         self._killed = True
-        self._workers.withdraw()
+        self._withdraw()
         self._drop_waiting()
         for worker in self._workers.all.values():
             worker.body.kill()
@@ -466,6 +493,7 @@ class Dispatcher:
         self._settle()
 
     def _free(self) -> None:
+        self._offers.close()
         self._selector.close()
         self._bell.close()
         self._ear.close()

@@ -6,8 +6,8 @@ Runs in the parent.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
 from concurrent.futures._base import FINISHED, PENDING, RUNNING
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,7 +32,13 @@ class JobFuture(Future[T]):
     What happens to nearly each job takes a short way here, with the same lock; a group
     of short jobs goes through all of it at once. What is not usual takes the way of
     :class:`Future`.
+
+    Attributes:
+        read_answer: Waits for the answer in the place of the dispatcher, if it may, and
+            gives the seconds that are left; takes the future and the seconds.
     """
+
+    read_answer: Callable[[JobFuture[Any], float | None], float | None] | None = None
 
     def result(self, timeout: float | None = None) -> T:
         """Wait for the job and return its result.
@@ -45,6 +51,8 @@ class JobFuture(Future[T]):
             CancelledError: The future was cancelled.
             Exception: Whatever the job raised, or a DBPoolError.
         """
+        if self._state != FINISHED and self.read_answer is not None:
+            timeout = self.read_answer(self, timeout)
         if self._state != FINISHED:
             result = super().result(timeout)
             if result is not None:
@@ -159,6 +167,8 @@ class Job:
             else:
                 self._note(error)
                 self.future.set_exception(error)
+        except InvalidStateError:
+            pass  # whoever waits for it has read the answer
         except BaseException:
             log.exception("a future or one of its callbacks refused its answer")
         return error is None

@@ -105,7 +105,7 @@ class Workers:
         self._selector = selector
         self.all: dict[int, Worker] = {}  # by process id
         self.idle: list[Worker] = []  # the last to become idle is the next to work
-        self._offered: tuple[Worker, Offer] | None = None
+        self._offered: Worker | None = None
         self._short: dict[Worker, None] = {}  # busy, and may be sent more
         self._seconds_per_job = self._bytes_per_answer = math.inf
         # On time.monotonic(): when a worker is killed that is still at its job, or there.
@@ -205,31 +205,32 @@ class Workers:
         if not self.idle or self._max_jobs is not None:
             return None
         worker = self.idle[-1]
-        offer = Offer(worker.body.channel, worker.last_number + 1)
-        self._offered = worker, offer
-        return offer
+        if not worker.body.channel.is_between_messages:
+            return None
+        self._offered = worker
+        return Offer(worker.body.channel, worker.last_number + 1)
 
-    def withdraw(self) -> None:
-        """Take back what was offered, or note the job that was sent."""
-        if self._offered is None:
-            return
-        (worker, offer), self._offered = self._offered, None
-        taken = offer.withdraw()
-        if taken is None:
-            return
-        job, unsent = taken
-        self.idle.remove(worker)
-        worker.since = time.monotonic()
-        worker.last_number = job.number
-        worker.sent.append(job)
-        if unsent:
-            self.watch(worker, sent=worker.body.channel.send_rest(unsent))
+    def withdraw(self, offer: Offer) -> Worker:
+        """Note what callers have done with the worker that was offered."""
+        worker, self._offered = self._offered, None
+        assert worker is not None  # noqa: S101 - there is one for each offer
+        if offer.answered:
+            self._note_durations(worker, offer.answered, offer.nanoseconds)
+        worker.last_number = offer.number - 1
+        if offer.taken is not None:
+            job, data = offer.taken
+            self.idle.remove(worker)
+            worker.since = time.monotonic()
+            worker.last_number = job.number = offer.number
+            worker.sent.append(job)
+            unsent = data if offer.unsent is None else offer.unsent
+            if unsent:
+                self.watch(worker, sent=worker.body.channel.send_rest(unsent))
+        return worker
 
     def count_busy(self) -> int:
-        """Count the workers that have a job; from any thread."""
-        offered = self._offered
-        is_taken = offered is not None and offered[1].is_taken
-        return is_taken + sum(bool(worker.sent) for worker in list(self.all.values()))
+        """Count the workers that have a job of the dispatcher's; from any thread."""
+        return sum(bool(worker.sent) for worker in list(self.all.values()))
 
     def send_from(self, waiting: deque[Job]) -> None:
         """Send waiting jobs to the workers that may have some."""
@@ -288,18 +289,21 @@ class Workers:
             returned: How many it has not begun, since they were taken back.
         """
         if count:
-            worker.answered += count
-            received = worker.body.channel.bytes_received
-            self._learn(nanoseconds / 1e9 / count, count)
-            self._bytes_per_answer = _rules.updated_estimate(
-                self._bytes_per_answer, (received - worker.received) / count, count
-            )
-            worker.received = received
+            self._note_durations(worker, count, nanoseconds)
             worker.since = time.monotonic()
             worker.recalled = None
             self._kill_at.pop(worker, None)
         if count or returned:
             self._note_sent_less(worker)
+
+    def _note_durations(self, worker: Worker, count: int, nanoseconds: int) -> None:
+        worker.answered += count
+        received = worker.body.channel.bytes_received
+        self._learn(nanoseconds / 1e9 / count, count)
+        self._bytes_per_answer = _rules.updated_estimate(
+            self._bytes_per_answer, (received - worker.received) / count, count
+        )
+        worker.received = received
 
     def take_back(self) -> list[Job]:
         """Give the jobs that were sent ahead to workers that are stuck at a long one."""

@@ -302,6 +302,24 @@ class ExitsOnUnpickling:
         return explode, (SystemExit(3),)
 
 
+class InterruptsOnce:
+    """Is interrupted, as by Ctrl-C, the first time that a main thread unpickles it."""
+
+    has_struck = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return unpickle_or_interrupt, ()
+
+
+def unpickle_or_interrupt() -> InterruptsOnce:
+    """Do what unpickling does, unless it is to be interrupted."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and not InterruptsOnce.has_struck:
+        InterruptsOnce.has_struck = True
+        raise KeyboardInterrupt
+    return InterruptsOnce()
+
+
 class DiesOnUnpickling:
     """Ends the process that unpickles it."""
 
@@ -326,6 +344,12 @@ def give_exits_on_unpickling(name: str) -> ExitsOnUnpickling:
     """Write an item and return what exits when it is unpickled."""
     jobs.insert_item(name)
     return ExitsOnUnpickling()
+
+
+def give_interrupts_once(name: str) -> InterruptsOnce:
+    """Return what interrupts whoever unpickles it first."""
+    jobs.insert_item(name)
+    return InterruptsOnce()
 
 
 def give_fails_to_pickle(name: str) -> FailsToPickle:

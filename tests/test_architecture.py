@@ -59,7 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_job": {"_boundary", "_channel", "_exceptions", "_options", "errors"},
     "_local": {"_channel", "_inheritance", "_parent", "_phase", "_worker"},
     "_endings": {"_exceptions", "_job", "errors"},
-    "_offer": {"_channel", "_job"},
+    "_offer": {"_boundary", "_channel", "_job"},
     "_workers": {
         "_boundary", "_channel", "_endings", "_exceptions", "_job", "_local", "_offer",
         "_phase", "_rules", "errors",

@@ -1,24 +1,33 @@
-"""Jobs that a caller sends by itself, and callers that are interrupted at it."""
+"""Jobs whose caller sends them and reads their answers, and callers interrupted at it."""
 
 from __future__ import annotations
 
 import dis
+import gc
 import itertools
+import os
+import select
+import signal
 import sys
+import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytest
 
+import faults
 import jobs
+from dbpool_executor import DBPoolExecutor, ResultLostError, WorkerDiedError
 from dbpool_executor._channel import Channel, Kind, Message, frame, make_ends
 from dbpool_executor._job import Job
 from dbpool_executor._offer import Offer
-from processes import MakeExecutor
+from processes import MakeExecutor, dispatchers
 from servers import Database
+from values import Box
 from waiting import LONGEST, Gate, wait_until
 
 LARGE = 1 << 20
@@ -43,11 +52,11 @@ def job(call: bytes = b"call") -> Job:
 
 def finished(channel: Channel, offer: Offer) -> Job | None:
     """Do what the dispatcher does when it wakes."""
-    taken = offer.withdraw()
-    if taken is None:
+    if offer.taken is None:
         return None
-    channel.send_rest(taken[1])
-    return taken[0]
+    job, data = offer.taken
+    channel.send_rest(data if offer.unsent is None else offer.unsent)
+    return job
 
 
 def test_first_job_is_sent_and_the_next_is_not(
@@ -56,22 +65,21 @@ def test_first_job_is_sent_and_the_next_is_not(
     """The worker gets one job, with the number that the dispatcher will know."""
     mine, theirs = channels
     offer, first = Offer(mine, 3), job()
-    assert not offer.is_taken
     assert offer.take(first)
     assert not offer.take(job(b"other"))
-    assert offer.is_taken
-    assert offer.is_sent
+    assert offer.unsent == b""
     assert first.future.running()
     assert finished(mine, offer) is first
-    assert first.number == 3
     assert theirs.receive() == [Message(Kind.JOB, [b"call"], 3)]
 
 
-def test_what_is_withdrawn_is_not_taken(channels: tuple[Channel, Channel]) -> None:
-    """A job that comes too late can still be cancelled."""
+def test_job_that_comes_behind_one_that_waits_is_not_taken(
+    channels: tuple[Channel, Channel],
+) -> None:
+    """It would overtake that one; and it can still be cancelled."""
     mine, theirs = channels
     offer, late = Offer(mine, 1), job()
-    assert offer.withdraw() is None
+    offer.is_open = False
     assert not offer.take(late)
     assert late.future.cancel()
     assert theirs.receive() == []
@@ -84,7 +92,7 @@ def test_large_job_is_left_to_the_dispatcher(
     mine, theirs = channels
     offer = Offer(mine, 1)
     assert not offer.take(job(bytes(LARGE)))
-    assert not offer.is_taken
+    assert finished(mine, offer) is None
     assert theirs.receive() == []
 
 
@@ -97,7 +105,7 @@ def test_full_socket_is_left_to_the_dispatcher(
         pass
     offer, taken = Offer(mine, 1), job()
     assert offer.take(taken)
-    assert not offer.is_sent
+    assert offer.unsent
     while theirs.receive():
         pass
     assert finished(mine, offer) is taken
@@ -119,9 +127,7 @@ def test_job_that_its_caller_has_sent_is_counted_and_cannot_be_cancelled(
     sqlite_database: Database, make_executor: MakeExecutor, gate: Gate
 ) -> None:
     """The dispatcher sleeps, and has not heard of it; and it is done all the same."""
-    executor = make_executor(sqlite_database.make_engine, 2)
-    executor.submit(jobs.pid).result(LONGEST)
-    wait_until(lambda: executor._dispatcher._offer is not None, "an offer")
+    executor = with_offer(make_executor(sqlite_database.make_engine, 2))
     future = executor.submit(jobs.wait_at_gate, gate.address, "through")
     gate.arrival()
     stats = executor.stats()
@@ -129,6 +135,209 @@ def test_job_that_its_caller_has_sent_is_counted_and_cannot_be_cancelled(
     assert future.running()
     assert not future.cancel()
     executor.shutdown(wait=False, cancel_futures=True)
+    gate.open()
+    assert future.result(LONGEST) == "through"
+
+
+# -- Answers ---------------------------------------------------------------------------
+
+
+def with_offer(executor: DBPoolExecutor) -> DBPoolExecutor:
+    """Let an executor start a worker, and wait until callers may use it."""
+    executor.submit(jobs.pid).result(LONGEST)
+    offers = executor._dispatcher._offers
+    wait_until(lambda: offers.standing is not None, "an offer")
+    return executor
+
+
+def sleeps_of_dispatcher() -> int:
+    """Ask the system how often the dispatcher's thread has gone to sleep."""
+    (thread,) = dispatchers()
+    status = Path(f"/proc/self/task/{thread.native_id}/status").read_text()
+    (line,) = (text for text in status.splitlines() if text.startswith("voluntary"))
+    return int(line.split()[1])
+
+
+needs_epoll = pytest.mark.skipif(
+    not hasattr(select, "epoll"), reason="only Linux can switch who listens"
+)
+
+
+@needs_epoll
+def test_jobs_one_at_a_time_do_not_wake_the_dispatcher(
+    sqlite_database: Database, make_executor: MakeExecutor
+) -> None:
+    """Who waits for a job that came alone gets its answer from the worker."""
+    executor = with_offer(make_executor(sqlite_database.make_engine, 2))
+    before = sleeps_of_dispatcher()
+    for number in range(100):
+        future = executor.submit(jobs.give, {"number": number})
+        assert future.result(LONGEST) == {"number": number}
+    assert executor.stats().done == 101
+    # Now and then an answer comes before its caller waits for it.
+    assert sleeps_of_dispatcher() - before < 50
+
+
+def test_caller_that_waits_gives_way_to_the_dispatcher(
+    sqlite_database: Database, make_executor: MakeExecutor, gate: Gate
+) -> None:
+    """Other jobs come and are done while it reads, also by the same worker."""
+    executor = with_offer(make_executor(sqlite_database.make_engine, 1))
+    first = executor.submit(jobs.wait_at_gate, gate.address, "first")
+    gate.arrival()
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(first.result, LONGEST)
+        reads(executor)
+        second = executor.submit(jobs.give, "second")
+        wait_until(lambda: executor._dispatcher._offers.standing is None, "the end")
+        gate.open()
+        assert waiting.result(LONGEST) == "first"
+        assert second.result(LONGEST) == "second"
+    assert with_offer(executor).stats().done == 4
+
+
+def reads(executor: DBPoolExecutor) -> None:
+    """Wait until a caller reads the answer of the job that was sent last."""
+
+    def is_read() -> bool:
+        offer = executor._dispatcher._offers.standing
+        return offer is not None and offer.is_read
+
+    wait_until(is_read, "a caller that reads")
+
+
+def test_result_is_there_when_it_came_too_late_for_its_caller(
+    sqlite_database: Database, make_executor: MakeExecutor, gate: Gate
+) -> None:
+    """The caller's time is up; the dispatcher reads the answer then."""
+    executor = with_offer(make_executor(sqlite_database.make_engine, 1))
+    future = executor.submit(jobs.wait_at_gate, gate.address, "late")
+    gate.arrival()
+    for _ in range(3):
+        with pytest.raises(TimeoutError):
+            future.result(0.001)
+    gate.open()
+    assert wait([future], LONGEST).done
+    assert future.result(LONGEST) == "late"
+
+
+def test_two_who_wait_for_one_job_both_get_its_result(
+    sqlite_database: Database, make_executor: MakeExecutor, gate: Gate
+) -> None:
+    """One of them reads, and tells the other."""
+    executor = with_offer(make_executor(sqlite_database.make_engine, 1))
+    future = executor.submit(jobs.wait_at_gate, gate.address, "through")
+    gate.arrival()
+    with ThreadPoolExecutor(3) as threads:
+        first = threads.submit(future.result, LONGEST)
+        reads(executor)
+        others = [
+            threads.submit(future.result, LONGEST),
+            threads.submit(lambda: next(as_completed([future], LONGEST)).result()),
+        ]
+        gate.open()
+        assert {f.result(LONGEST) for f in (first, *others)} == {"through"}
+
+
+def test_large_result_is_left_to_the_dispatcher(
+    sqlite_database: Database, make_executor: MakeExecutor
+) -> None:
+    """Its caller has read the first piece of it."""
+    executor = with_offer(make_executor(sqlite_database.make_engine, 1))
+    assert executor.submit(jobs.give, bytes(LARGE)).result(LONGEST) == bytes(LARGE)
+    assert executor.submit(jobs.give, 1).result(LONGEST) == 1
+
+
+def test_result_that_would_end_its_caller_is_lost(
+    sqlite_database: Database, make_executor: MakeExecutor
+) -> None:
+    """It raises in the caller's thread first, and that is not the caller's affair."""
+    executor = with_offer(make_executor(sqlite_database.make_engine, 1))
+    future = executor.submit(faults.give_exits_on_unpickling, "kept")
+    with pytest.raises(ResultLostError):
+        future.result(LONGEST)
+    assert sqlite_database.names() == {"kept"}
+    assert executor.submit(jobs.give, 1).result(LONGEST) == 1
+
+
+def test_job_that_fails_while_its_caller_reads(
+    sqlite_database: Database, make_executor: MakeExecutor
+) -> None:
+    """Its exception comes, and nothing of it stays."""
+    executor = with_offer(make_executor(sqlite_database.make_engine, 1))
+    future = executor.submit(jobs.insert_and_raise, "lost", LookupError("here"))
+    with pytest.raises(LookupError, match="here"):
+        future.result(LONGEST)
+    assert sqlite_database.names() == set()
+    assert executor.stats().failed == 1
+
+
+def test_worker_that_dies_while_a_caller_reads(
+    sqlite_database: Database, make_executor: MakeExecutor, gate: Gate
+) -> None:
+    """The dispatcher hears of the end, and the caller of the job's."""
+    executor = with_offer(make_executor(sqlite_database.make_engine, 1))
+    future = executor.submit(jobs.insert_at_gate, "lost", gate.address)
+    pid = gate.arrival()
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(future.result, LONGEST)
+        reads(executor)
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(WorkerDiedError):
+            waiting.result(LONGEST)
+    assert executor.submit(jobs.give, 1).result(LONGEST) == 1
+    assert sqlite_database.names() == set()
+
+
+def test_executor_that_is_shut_down_while_a_caller_reads(
+    sqlite_database: Database, make_executor: MakeExecutor, gate: Gate
+) -> None:
+    """The job is done, and the end comes."""
+    executor = with_offer(make_executor(sqlite_database.make_engine, 1))
+    future = executor.submit(jobs.wait_at_gate, gate.address, "through")
+    gate.arrival()
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(future.result, LONGEST)
+        reads(executor)
+        executor.shutdown(wait=False)
+        gate.open()
+        assert waiting.result(LONGEST) == "through"
+    executor.shutdown()
+    assert not dispatchers()
+
+
+def test_result_is_not_kept_by_the_executor(
+    sqlite_database: Database, make_executor: MakeExecutor
+) -> None:
+    """It is gone with its future, and not only when the next job comes."""
+    executor = with_offer(make_executor(sqlite_database.make_engine, 1))
+    future = executor.submit(jobs.give, Box("any"))
+    gc.disable()
+    try:
+        result = weakref.ref(future.result(LONGEST))
+        del future
+        assert result() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_forked_copy_leaves_the_answer_to_the_process_itself(
+    sqlite_database: Database, make_executor: MakeExecutor, gate: Gate
+) -> None:
+    """There nobody reads it, as before."""
+    executor = with_offer(make_executor(sqlite_database.make_engine, 1))
+    future = executor.submit(jobs.wait_at_gate, gate.address, "through")
+    gate.arrival()
+    pid = os.fork()
+    if not pid:
+        try:
+            future.result(0.01)
+        except TimeoutError:
+            os._exit(3)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
     gate.open()
     assert future.result(LONGEST) == "through"
 
@@ -213,8 +422,7 @@ def test_interrupted_submit_leaves_a_whole_executor(
     """Wherever Ctrl-C strikes in it, the next job is done, and the end comes."""
     executor = make_executor(sqlite_database.make_engine, 1)
     for step in itertools.count():
-        executor.submit(jobs.pid).result(LONGEST)
-        wait_until(lambda: executor._dispatcher._offer is not None, "an offer")
+        with_offer(executor)
         try:
             with interrupted(step, {"Dispatcher.add", "Offer.take"}) as has_struck:
                 future = executor.submit(jobs.pid)
@@ -223,8 +431,67 @@ def test_interrupted_submit_leaves_a_whole_executor(
             pass
         if not has_struck():
             break
-    assert step > 10
+    assert step > 5
     executor.submit(jobs.insert_item, "last").result(LONGEST)
     executor.shutdown()
     assert sqlite_database.names() == {"last"}
     assert executor.stats().running == 0
+
+
+READING = {
+    "JobFuture.result",
+    "JobFuture.set_result",
+    "Offers.read_answer",
+    "Offers._read",
+    "Offers._settle",
+    "Offer.followed",
+    "Offer.__init__",
+    "_Handover.give",
+    "_Handover.give.<locals>.wait",
+    "_Handover.take_back",
+    "Channel.receive_into",
+    "unframe",
+    "loads_result",
+    "_loads",
+}
+
+
+@needs_epoll
+def test_interrupted_reader_loses_no_result(
+    sqlite_database: Database, make_executor: MakeExecutor
+) -> None:
+    """Wherever Ctrl-C strikes in ``result()``, the future is done, and counted once."""
+    executor = make_executor(sqlite_database.make_engine, 1)
+    with_offer(executor)
+    jobs_done = 1
+    for step in itertools.count():
+        future = executor.submit(jobs.insert_item, str(step))
+        try:
+            with interrupted(step, READING) as has_struck:
+                future.result(LONGEST)
+        except Interrupt:
+            pass
+        assert wait([future], LONGEST).done, step
+        assert future.exception(LONGEST) is None
+        with_offer(executor)
+        jobs_done += 2
+        assert executor.stats().done == jobs_done, step
+        if not has_struck():
+            break
+    assert step > 20
+    executor.shutdown()
+    assert sqlite_database.names() == {str(number) for number in range(step + 1)}
+
+
+@needs_epoll
+def test_interrupt_in_the_middle_of_unpickling_is_the_callers(
+    sqlite_database: Database, make_executor: MakeExecutor
+) -> None:
+    """The result is not lost: the dispatcher unpickles it again."""
+    executor = with_offer(make_executor(sqlite_database.make_engine, 1))
+    faults.InterruptsOnce.has_struck = False
+    future = executor.submit(faults.give_interrupts_once, "kept")
+    with pytest.raises(KeyboardInterrupt):
+        future.result(LONGEST)
+    assert isinstance(future.result(LONGEST), faults.InterruptsOnce)
+    assert sqlite_database.names() == {"kept"}
