@@ -11,7 +11,7 @@ import signal
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -23,7 +23,7 @@ import faults
 import jobs
 from dbpool_executor import DBPoolExecutor, ResultLostError, WorkerDiedError
 from dbpool_executor._channel import Channel, Kind, Message, frame, make_ends
-from dbpool_executor._job import Job
+from dbpool_executor._job import Job, JobFuture
 from dbpool_executor._offer import Offer
 from processes import MakeExecutor, dispatchers
 from servers import Database
@@ -47,7 +47,7 @@ def channels() -> Iterator[tuple[Channel, Channel]]:
 
 def job(call: bytes = b"call") -> Job:
     """Make a job as ``submit()`` does."""
-    return Job(Future(), [call])
+    return Job(JobFuture(), [call])
 
 
 def finished(channel: Channel, offer: Offer) -> Job | None:
@@ -184,12 +184,13 @@ def test_caller_that_waits_gives_way_to_the_dispatcher(
     """Other jobs come and are done while it reads, also by the same worker."""
     executor = with_offer(make_executor(sqlite_database.make_engine, 1))
     first = executor.submit(jobs.wait_at_gate, gate.address, "first")
+    assert isinstance(first, JobFuture)
     gate.arrival()
     with ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(first.result, LONGEST)
         reads(executor)
         second = executor.submit(jobs.give, "second")
-        wait_until(lambda: executor._dispatcher._offers.standing is None, "the end")
+        wait_until(first.is_watched, "the caller to wait as others do")
         gate.open()
         assert waiting.result(LONGEST) == "first"
         assert second.result(LONGEST) == "second"
