@@ -43,7 +43,6 @@ WITH_CODE = (
 
 _PROTOCOL = 5  # the first with out-of-band buffers (PEP 574)
 _LARGE = 1 << 16  # bytes of a pickle
-_dumps = functools.partial(pickle.dumps, protocol=_PROTOCOL)
 
 
 class Remedy(NamedTuple):
@@ -258,7 +257,7 @@ def dumps_call(
         if getattr(sys.modules.get(module), fn.__name__, None) is fn and (
             module != "__main__" or not is_interactive()
         ):
-            return _dumps((module, fn.__name__, args))
+            return pickle.dumps((module, fn.__name__, args), _PROTOCOL)
     try:
         return with_code((fn, args, kwargs), pickled)
     except RefusedError as refused:
@@ -277,7 +276,8 @@ def loads_call(
     Raises:
         Exception: Whatever the unpickling of an argument raises.
     """
-    call: tuple[Any, Any, Any] = _loads(data)
+    call: tuple[Any, Any, Any]
+    call = pickle.loads(data) if len(data) < _LARGE else _loads(data)
     module, name, args = call
     if type(name) is not str:
         return call
@@ -301,7 +301,7 @@ def dumps_result(value: object) -> list[Buffer]:
         Exception: Whatever the pickling of the value raises.
     """
     if type(value) in _SHORT:
-        return [_dumps(value)]
+        return [pickle.dumps(value, _PROTOCOL)]
     try:
         return _parts_of(value)
     except RefusedError as refused:
@@ -355,7 +355,8 @@ def loads_result(parts: Sequence[Buffer]) -> object:
         Exception: Whatever the unpickling of the value raises.
     """
     if len(parts) == 1:
-        return _loads(parts[0])
+        data = parts[0]
+        return pickle.loads(data) if len(data) < _LARGE else _loads(data)
     # What is made over bytes is read-only; what was large has arrived in a bytearray.
     buffers = [b if isinstance(b, bytearray) else bytearray(b) for b in parts[1:]]
     return _loads(parts[0], buffers)

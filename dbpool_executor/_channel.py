@@ -61,6 +61,9 @@ class Message(NamedTuple):
     number: int = 0
 
 
+_new = tuple.__new__
+
+
 class Channel:
     """One end of a stream of messages.
 
@@ -137,13 +140,6 @@ class Channel:
         Returns:
             As for :meth:`flush`.
         """
-        if len(messages) == 1 and len(messages[0].parts) == 1 and not self._unsent:
-            ((kind, (part,), number),) = messages
-            if len(part) <= _COPY_LIMIT:
-                unsent = self.send_at_once(
-                    _HEAD.pack(kind, number, 1, len(part)) + part
-                )
-                return not unsent or self.send_rest(unsent)
         small: list[Buffer] = []  # in one call to the system
         for message in messages:
             for buffer in frame(message):
@@ -155,6 +151,18 @@ class Channel:
         if small:
             self._unsent.append(b"".join(small))
         return self.flush()
+
+    def send_one(self, kind: Kind, parts: Sequence[Buffer], number: int) -> bool:
+        """Send one message, in few steps if it is short.
+
+        Returns:
+            As for :meth:`flush`.
+        """
+        if len(parts) != 1 or self._unsent or len(parts[0]) > _COPY_LIMIT:
+            return self.send(Message(kind, parts, number))
+        (part,) = parts
+        unsent = self.send_at_once(_HEAD.pack(kind, number, 1, len(part)) + part)
+        return not unsent or self.send_rest(unsent)
 
     def send_at_once(self, data: bytes) -> bytes:
         """Send bytes, from any thread, where nothing is unsent and nobody else sends.
@@ -221,13 +229,16 @@ class Channel:
 
     def _parse(self, data: bytes) -> list[Message]:
         messages: list[Message] = []
+        parts: list[Buffer]
         start = 0
         while len(data) - start >= _HEAD.size:
             code, number, count, length = _HEAD.unpack_from(data, start)
             body = start + _HEAD.size
             if count == 1 and len(data) - body >= length:
                 start = body + length
-                messages.append(Message(_KINDS[code], [data[body:start]], number))
+                parts = [data[body:start]]
+                # Not Message(), whose __new__ is no C function.
+                messages.append(_new(Message, (_KINDS[code], parts, number)))
                 continue
             lengths = [length] if count else []
             if count > 1:
@@ -246,7 +257,7 @@ class Channel:
                     self._large.take(data[body:])
                     return messages
                 break
-            parts: list[Buffer] = []
+            parts = []
             for length in lengths:
                 parts.append(data[body : body + length])
                 body += length
@@ -327,6 +338,10 @@ class SharedChannel(Channel):
         while self._waiting and self._sending.acquire(blocking=False):
             self._send_waiting()
         return True
+
+    def send_one(self, kind: Kind, parts: Sequence[Buffer], number: int) -> bool:
+        """Do as :meth:`send` does."""
+        return self.send(Message(kind, parts, number))
 
     def drain(self) -> None:
         """Wait until all is sent, in whatever thread."""

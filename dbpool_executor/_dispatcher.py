@@ -270,7 +270,7 @@ class Dispatcher:
             self._waiting.append(heapq.heappop(self._later)[2])
         if self._cancelling or workers.failure is not None:
             self._drop_waiting()
-        self._waiting.extendleft(reversed(workers.take_back()))
+        self._waiting.extendleft(reversed(workers.take_back(len(self._waiting))))
         if self._waiting:
             workers.send_from(self._waiting)
             for _ in range(workers.starts_due(len(self._waiting))):
@@ -354,7 +354,8 @@ class Dispatcher:
         self._take_in(worker, messages)
 
     def _take_in(self, worker: Worker, messages: list[Message]) -> None:
-        answered = nanoseconds = returned = 0
+        answered = nanoseconds = 0
+        returned: list[Job] = []
         for message in messages:
             kind, _, number = message
             if kind is Kind.RESULT:
@@ -377,15 +378,15 @@ class Dispatcher:
             elif kind is Kind.RETURNED:
                 # If it is not that job, the job was taken off the worker's list before.
                 if worker.sent and worker.sent[0].number == number:
-                    self._waiting.appendleft(worker.sent.popleft())
-                    returned += 1
+                    returned.append(worker.sent.popleft())
             elif kind is Kind.READY:
                 self._workers.note_ready(worker)
             elif kind is Kind.NOTE:
                 self._workers.take_note(bytes(message.parts[0]).decode())
             elif kind is Kind.START_FAILURE:
                 worker.start_failure = message.parts
-        self._workers.note_answers(worker, answered, nanoseconds, returned)
+        self._waiting.extendleft(reversed(returned))
+        self._workers.note_answers(worker, answered, nanoseconds, len(returned))
 
     def _note_ending(self, ending: Ending) -> None:
         self._waiting.extendleft(reversed(ending.again))

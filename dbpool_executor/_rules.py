@@ -17,11 +17,14 @@ DELIVERY_ATTEMPTS = 3
 """Workers that may die over one job before they have begun it."""
 
 PATIENCE = 0.005
-"""Seconds a worker may be at one job before those sent ahead to it are taken back."""
+"""Seconds for which jobs may wait behind one that turns out to be long, or for a busy
+worker while another is idle, before they are taken back."""
 
-_GROUP_SECONDS = 0.005  # work in one message; a worker may have two
+_GROUP_SECONDS = 0.005  # work in one message
 _GROUP_MOST = 500  # jobs, however short
-_UNREAD_MOST = 1 << 15  # bytes that a channel takes on every system
+_GROUPS_AT_ONCE = 2  # behind one that a worker may still have
+_UNREAD_BYTES = 1 << 15  # that a channel takes on every system
+_UNREAD_ANSWERS = 200  # of which each takes memory beside its bytes
 _SHORTEST_NAP = 0.0002  # seconds; below it the system's timers cost more than they save
 
 _FIRST_DELAY = 0.1  # seconds between a failed start and the next one
@@ -52,8 +55,8 @@ def jobs_to_send(
 ) -> int:
     """Say how many jobs to send to a worker now.
 
-    Several short ones go in one message, which is what makes them cheap; one that may
-    be long goes alone.
+    Short ones go in groups, which is what makes them cheap, and the next groups before
+    the last one is done; one that may be long goes alone.
 
     Args:
         waiting: Jobs not yet sent to a worker.
@@ -64,15 +67,22 @@ def jobs_to_send(
     Returns:
         A number >= 0.
     """
-    group = _group(seconds_per_job)
-    # Nothing is sent behind a job that may be long.
-    most = 2 * group if group > 1 else 1
-    # Sent only when there is room for half a group: full messages. One group may be
-    # left: no pause.
-    room = most - sent
-    if 2 * room < group:
+    group = group_size(seconds_per_job)
+    # Nothing is sent behind a job that may be long. Behind short ones one group may be
+    # left: no pause, and few turns of the dispatcher.
+    if sent > (group if group > 1 else 0):
         return 0
-    return min(group, room, -(-waiting // workers))
+    most = _GROUPS_AT_ONCE * group if group > 1 else 1
+    return min(most, -(-waiting // workers))
+
+
+def group_size(seconds_per_job: float) -> int:
+    """Say how many jobs go in one message, at most.
+
+    Args:
+        seconds_per_job: How long recent jobs took; infinite while none is known.
+    """
+    return max(1, min(int(_GROUP_SECONDS / seconds_per_job), _GROUP_MOST))
 
 
 def seconds_to_nap(
@@ -93,16 +103,33 @@ def seconds_to_nap(
         of the time until it has no more to do, since an estimate may be too high. 0 if
         it is not worth it.
     """
-    # A worker that has filled its channel waits for a reader.
-    if sent < 2 or sent * bytes_per_answer > _UNREAD_MOST:
+    if sent < 2 or math.isinf(seconds_per_job):
         return 0.0
-    ahead = sent - _group(seconds_per_job) if waiting else sent / 2
-    nap = min(ahead * seconds_per_job, _GROUP_SECONDS)
-    return nap if nap >= _SHORTEST_NAP else 0.0
+    ahead = sent - group_size(seconds_per_job) if waiting else sent / 2
+    # A worker that has filled its channel waits for a reader.
+    unread = min(_UNREAD_BYTES / bytes_per_answer, _UNREAD_ANSWERS)
+    nap = min(ahead, unread) * seconds_per_job
+    if nap < _SHORTEST_NAP:
+        return 0.0
+    return min(nap, _GROUPS_AT_ONCE * _GROUP_SECONDS)
 
 
-def _group(seconds_per_job: float) -> int:
-    return max(1, min(int(_GROUP_SECONDS / seconds_per_job), _GROUP_MOST))
+def is_taken_back(
+    *, sent: int, seconds_at_job: float, seconds_per_job: float, others_idle: bool
+) -> bool:
+    """Say whether the jobs that a worker has not begun are taken back.
+
+    Args:
+        sent: Jobs that it has and has not answered.
+        seconds_at_job: How long it may have been at the first of them.
+        seconds_per_job: How long recent jobs took.
+        others_idle: Whether another worker has nothing to do.
+    """
+    if sent < 2:
+        return False
+    if seconds_at_job >= PATIENCE:
+        return True
+    return others_idle and (sent - 1) * seconds_per_job >= PATIENCE
 
 
 def delay_before_repeat(attempts: int, random: float) -> float:

@@ -214,7 +214,7 @@ def _serve(channel: Channel, database: Database, record: PhaseRecord) -> None:
                     if record.begin(number):
                         kind, answer = _run(database, call, options)
                         end = time.monotonic_ns()
-                        channel.send(Message(kind, answer, end - start))
+                        channel.send_one(kind, answer, end - start)
                         start = end
                         del answer
                     else:

@@ -265,9 +265,13 @@ class Workers:
             worker.last_number += 1
             job.number = worker.last_number
         worker.sent += jobs
-        parts = [part for job in jobs for part in job.parts]
-        message = Message(Kind.JOB, parts, jobs[0].number)
-        self.watch(worker, sent=worker.body.channel.send(message))
+        size = _rules.group_size(self._seconds_per_job)
+        groups = [jobs[first : first + size] for first in range(0, len(jobs), size)]
+        messages = [
+            Message(Kind.JOB, [p for job in group for p in job.parts], group[0].number)
+            for group in groups
+        ]
+        self.watch(worker, sent=worker.body.channel.send(*messages))
         if len(worker.sent) > 1 and self._next_look == math.inf:
             self._next_look = time.monotonic() + _rules.PATIENCE
         if worker.answered + len(worker.sent) == self._max_jobs:
@@ -305,8 +309,8 @@ class Workers:
         )
         worker.received = received
 
-    def take_back(self) -> list[Job]:
-        """Give the jobs that were sent ahead to workers that are stuck at a long one."""
+    def take_back(self, waiting: int) -> list[Job]:
+        """Give the jobs that were sent ahead and wait for the wrong worker."""
         if self._next_look == math.inf or (now := time.monotonic()) < self._next_look:
             return []
         self._next_look = math.inf
@@ -315,10 +319,17 @@ class Workers:
             if len(worker.sent) < 2:
                 continue
             self._next_look = min(self._next_look, now + _rules.PATIENCE)
-            if now - worker.since < _rules.PATIENCE:
-                continue
-            self._learn(now - worker.since)
+            seconds_at_job = now - worker.since
+            if seconds_at_job >= _rules.PATIENCE:
+                self._learn(seconds_at_job)
             if worker.recalled is None:
+                if not _rules.is_taken_back(
+                    sent=len(worker.sent),
+                    seconds_at_job=seconds_at_job,
+                    seconds_per_job=self._seconds_per_job,
+                    others_idle=bool(self.idle) and not waiting,
+                ):
+                    continue
                 worker.recalled = Recall(worker.last_number, now)
                 worker.body.recall(worker.last_number)
             if now - worker.recalled.at < RECALL_DELAY:

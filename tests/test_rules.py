@@ -15,6 +15,8 @@ from dbpool_executor._rules import (
     START_ATTEMPTS,
     delay_after_failed_start,
     delay_before_repeat,
+    group_size,
+    is_taken_back,
     jobs_to_send,
     outcome_at_end,
     seconds_to_nap,
@@ -180,14 +182,13 @@ def test_job_that_was_taken_back_does_not_begin() -> None:
         (50, 0, 1.0, 2, 1),  # long ones go alone
         (50, 1, 1.0, 2, 0),
         (50, 0, 0.003, 2, 1),
-        (50, 0, 0.00099, 1, 5),  # five milliseconds of work
-        (1000, 0, 19.9e-6, 2, 251),
-        (2000, 0, 1e-6, 2, 500),  # never more than five hundred
+        (50, 0, 0.00099, 1, 10),  # two groups of five milliseconds of work
+        (2000, 0, 19.9e-6, 2, 502),
+        (4000, 0, 1e-6, 2, 1000),  # never more than twice five hundred
         (10, 0, 20e-6, 2, 5),  # shared among the workers
         (3, 0, 20e-6, 2, 2),
-        (1000, 251, 19.9e-6, 2, 251),  # one more group
-        (1000, 376, 19.9e-6, 2, 126),  # if there is room for half of it
-        (1000, 377, 19.9e-6, 2, 0),
+        (2000, 251, 19.9e-6, 2, 502),  # two more
+        (2000, 252, 19.9e-6, 2, 0),  # if no more than one is left
         (0, 0, 20e-6, 2, 0),
     ],
 )
@@ -214,9 +215,10 @@ def test_idle_worker_always_gets_a_job_and_none_gets_too_much() -> None:
         )
         assert 0 <= count <= waiting
         assert sent or not waiting or count >= 1
-        assert not count or sent + count == 1 or (sent + count) * seconds <= 0.0101
-        assert not count or count == 1 or count * seconds <= 0.0051
-        assert count <= 500
+        assert not count or sent + count == 1 or (sent + count) * seconds <= 0.0151
+        group = group_size(seconds)
+        assert group == 1 or group * seconds <= 0.005
+        assert count <= 2 * group <= 1000
 
 
 @pytest.mark.parametrize(
@@ -227,10 +229,12 @@ def test_idle_worker_always_gets_a_job_and_none_gets_too_much() -> None:
         (0, 8, 20e-6, 50, 0),  # not worth it
         (0, 20, 20e-6, 50, 0.2),  # half of what is left
         (0, 100, 20e-6, 50, 1),
-        (900, 450, 20e-6, 50, 4.02),  # what is left until one group is left
+        (900, 350, 20e-6, 50, 2.02),  # what is left until one group is left
         (900, 250, 20e-6, 50, 0),
-        (0, 100, 20e-6, 400, 0),  # it would have to wait for a reader
-        (0, 2, 0.3, 50, 5),  # never longer than a group is meant to take
+        (900, 750, 20e-6, 50, 4),  # then it would have to wait for a reader
+        (900, 750, 20e-6, 400, 1.6384),
+        (0, 100, 20e-6, 9000, 0),
+        (0, 2, 0.3, 50, 10),  # never longer than two groups are meant to take
         (0, 2, math.inf, math.inf, 0),
     ],
 )
@@ -249,6 +253,33 @@ def test_nap_while_answers_add_up(
         bytes_per_answer=bytes_per_answer,
     )
     assert nap == pytest.approx(milliseconds / 1000)
+
+
+@pytest.mark.parametrize(
+    ("sent", "seconds_at_job", "seconds_per_job", "others_idle", "is_it"),
+    [
+        (1, 9.0, 1e-4, True, False),  # that one it has begun
+        (2, 0.0049, 1e-4, False, False),
+        (2, 0.005, 1e-4, False, True),  # it is stuck at a long one
+        (51, 0.0, 1e-4, False, False),
+        (50, 0.0, 1e-4, True, False),
+        (51, 0.0, 1e-4, True, True),  # and another could do them
+    ],
+)
+def test_jobs_that_are_taken_back(
+    sent: int,
+    seconds_at_job: float,
+    seconds_per_job: float,
+    others_idle: bool,
+    is_it: bool,
+) -> None:
+    """Each row is one situation of a worker that has jobs sent ahead."""
+    assert is_it is is_taken_back(
+        sent=sent,
+        seconds_at_job=seconds_at_job,
+        seconds_per_job=seconds_per_job,
+        others_idle=others_idle,
+    )
 
 
 def test_estimate_goes_up_at_once_and_down_slowly() -> None:

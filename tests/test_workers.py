@@ -1,0 +1,128 @@
+"""Which jobs are sent to which worker, and taken back.
+
+No process: the workers are stand-ins, at the other end of real channels.
+"""
+
+from __future__ import annotations
+
+import math
+import selectors
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, cast
+
+import pytest
+
+from dbpool_executor._channel import Channel, Kind, Message, make_ends
+from dbpool_executor._job import Job, JobFuture
+from dbpool_executor._local import LocalWorker
+from dbpool_executor._phase import RECALL_DELAY, WORDS, PhaseRecord, Progress
+from dbpool_executor._workers import Worker, Workers
+
+
+class Body:
+    """Stands for a worker process: the test reads its channel and writes its record."""
+
+    count = 0
+
+    def __init__(self) -> None:
+        Body.count += 1
+        self.pid = Body.count
+        mine, theirs = make_ends()
+        mine.setblocking(False)
+        theirs.setblocking(False)
+        self.channel, self.theirs = Channel(mine), Channel(theirs)
+        self.record = PhaseRecord([0] * WORDS)
+
+    def recall(self, number: int) -> None:
+        """Do as a worker on this machine."""
+        self.record.recall(number)
+
+    def progress(self) -> Progress:
+        """Do as a worker on this machine."""
+        return self.record.read()
+
+    def messages(self) -> list[Message]:
+        """Read what was sent to it."""
+        return self.theirs.receive()
+
+
+def body_of(worker: Worker) -> Body:
+    """Give the stand-in of a worker."""
+    return cast("Body", worker.body)
+
+
+@pytest.fixture
+def workers() -> Iterator[Workers]:
+    """Two workers that are idle; a job takes about one millisecond."""
+    with selectors.DefaultSelector() as selector:
+        start: Any = Body
+        workers = Workers(cast("type[LocalWorker]", start), 2, None, selector)
+        for _ in range(2):
+            workers.start_one()
+        for worker in workers.all.values():
+            workers.note_ready(worker)
+        workers._learn(0.00099)
+        yield workers
+        for worker in workers.all.values():
+            selector.unregister(worker.body.channel)
+            worker.body.channel.close()
+            body_of(worker).theirs.close()
+
+
+def make_jobs(count: int) -> list[Job]:
+    """Make jobs as ``submit()`` does."""
+    return [Job(JobFuture(), [b"call", b""]) for _ in range(count)]
+
+
+def answer_all(workers: Workers, worker: Worker) -> None:
+    """Note that a worker has answered all that was sent to it."""
+    count = len(worker.sent)
+    worker.sent.clear()
+    workers.note_answers(worker, count, count * 990_000, 0)
+
+
+def look_again(workers: Workers, waiting: int) -> list[Job]:
+    """Do what the dispatcher does some milliseconds later."""
+    assert workers._next_look < math.inf
+    workers._next_look = 0.0
+    return workers.take_back(waiting)
+
+
+def test_worker_gets_two_groups_each_of_which_is_a_message(workers: Workers) -> None:
+    """Of five milliseconds of work; and more when one group or less is left."""
+    waiting = deque(make_jobs(60))
+    workers.send_from(waiting)
+    assert len(waiting) == 40
+    for worker in workers.all.values():
+        messages = body_of(worker).messages()
+        assert [message.kind for message in messages] == [Kind.JOB, Kind.JOB]
+        assert [message.number for message in messages] == [1, 6]
+        assert [len(message.parts) for message in messages] == [10, 10]
+    first = next(iter(workers.all.values()))
+    for _ in range(5):
+        first.sent.popleft()
+        workers.note_answers(first, 1, 990_000, 0)
+    workers.send_from(waiting)
+    assert len(first.sent) == 15
+    assert [message.number for message in body_of(first).messages()] == [11, 16]
+
+
+def test_jobs_of_a_busy_worker_come_back_for_an_idle_one(workers: Workers) -> None:
+    """Those that it has not begun, if they would wait long, and nothing else waits."""
+    workers.send_from(deque(make_jobs(40)))
+    busy, idle = workers.all.values()
+    assert look_again(workers, 0) == []
+    answer_all(workers, idle)
+    assert look_again(workers, 1) == []
+    assert body_of(busy).record.begin(1)
+    assert look_again(workers, 0) == []
+    assert not body_of(busy).record.begin(2)
+    behind = list(busy.sent)[2:]
+    until = time.monotonic() + 2 * RECALL_DELAY
+    while time.monotonic() < until:
+        pass
+    assert look_again(workers, 0) == behind
+    workers.send_from(deque(behind))
+    assert list(idle.sent) == behind[:4]
