@@ -25,7 +25,6 @@ from sqlalchemy.orm import Query, Session, scoped_session, sessionmaker
 from sqlalchemy.orm.state import InstanceState
 from sqlalchemy.pool import PoolProxiedConnection
 
-from ._collection import collection_pause
 from ._places import asyncio_classes, full_name, innermost, place_of
 from .errors import NotPlainError, Outcome
 
@@ -42,7 +41,6 @@ WITH_CODE = (
 """What to add where a function or class could not cross."""
 
 _PROTOCOL = 5  # the first with out-of-band buffers (PEP 574)
-_LARGE = 1 << 16  # bytes of a pickle
 
 
 class Remedy(NamedTuple):
@@ -276,8 +274,7 @@ def loads_call(
     Raises:
         Exception: Whatever the unpickling of an argument raises.
     """
-    call: tuple[Any, Any, Any]
-    call = pickle.loads(data) if len(data) < _LARGE else _loads(data)
+    call: tuple[Any, Any, Any] = pickle.loads(data)
     module, name, args = call
     if type(name) is not str:
         return call
@@ -355,19 +352,10 @@ def loads_result(parts: Sequence[Buffer]) -> object:
         Exception: Whatever the unpickling of the value raises.
     """
     if len(parts) == 1:
-        data = parts[0]
-        return pickle.loads(data) if len(data) < _LARGE else _loads(data)
+        return pickle.loads(parts[0])
     # What is made over bytes is read-only; what was large has arrived in a bytearray.
     buffers = [b if isinstance(b, bytearray) else bytearray(b) for b in parts[1:]]
-    return _loads(parts[0], buffers)
-
-
-def _loads(data: Buffer, buffers: Sequence[Buffer] = ()) -> Any:
-    if len(data) < _LARGE:
-        return pickle.loads(data, buffers=buffers)
-    # Each of the objects that are made would be looked at again and again.
-    with collection_pause:
-        return pickle.loads(data, buffers=buffers)
+    return pickle.loads(parts[0], buffers=buffers)
 
 
 # -- What is said of it ---------------------------------------------------------

@@ -28,6 +28,7 @@ from ._boundary import Buffer
 
 _HEAD = struct.Struct("<BQIQ")  # nearly all messages have one part
 _READ_SIZE = 1 << 16  # one read takes many small messages
+_BUFFER_SIZE = 1 << 20  # of a socket; the system gives less, and more than by default
 _SPARE_MOST = 1 << 23  # bytes of memory that is kept for the next large message
 _COPY_LIMIT = 1 << 16  # below it, joining the parts is cheaper than a call for each
 
@@ -403,6 +404,8 @@ def make_ends() -> tuple[socket.socket, socket.socket]:
         ends = socket.socketpair()
         for end in ends:
             end.setblocking(True)  # whatever socket.setdefaulttimeout() has said
+            with suppress(OSError):  # more than the system allows
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_SIZE)
         _ends.update(ends)
     return ends
 

@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_options": set(),
     "_phase": set(),
     "_places": set(),
-    "_boundary": {"_collection", "_places", "errors"},
+    "_boundary": {"_places", "errors"},
     "_channel": {"_boundary"},
     "_exceptions": {"_boundary", "_places", "errors"},
     "_logs": {"_boundary"},

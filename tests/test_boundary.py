@@ -6,7 +6,6 @@ In this process for the most part; the last tests send values to two workers and
 from __future__ import annotations
 
 import datetime as dt
-import gc
 import math
 import multiprocessing
 import operator
@@ -686,25 +685,6 @@ def test_refused_result_is_not_asked_for_its_text() -> None:
     """Its own code would run, and what that raises would stand for the refusal."""
     with pytest.raises(NotPlainError, match=r"result\[0\] is a .*WordlessSession"):
         dumps_result([WordlessSession()])
-
-
-def test_nothing_is_collected_while_something_large_is_rebuilt() -> None:
-    """Each object that is made would be looked at again; afterwards it goes on."""
-    small, large = (
-        values.TellsOfCollection(),
-        [values.TellsOfCollection(), bytes(1 << 17)],
-    )
-    assert gc.isenabled()
-    assert loads_result(dumps_result(small)).was_on
-    assert not loads_result(dumps_result(large))[0].was_on
-    assert gc.isenabled()
-    with pytest.raises(LookupError):
-        loads_result(
-            dumps_result(
-                [values.UnpicklesWith(values.raise_lookup_error), bytes(1 << 17)]
-            )
-        )
-    assert gc.isenabled()
 
 
 def test_function_is_called_by_its_name_only_if_it_has_it(

@@ -293,7 +293,7 @@ def test_answer_of_a_peer_that_died_with_unread_data_is_read(
 def test_peer_that_is_gone_counts_as_nothing_left_to_send(channels: Channels) -> None:
     """Sending never raises: that the peer is gone is told by reading."""
     mine, theirs = channels
-    assert not mine.send(Message(Kind.JOB, [b"x" * MIB]))
+    assert not mine.send(Message(Kind.JOB, [b"x" * 8 * MIB]))
     theirs.close()
     assert mine.flush()
     assert mine.send(Message(Kind.JOB, [b"x" * MIB]))
@@ -305,7 +305,7 @@ def test_peer_that_is_gone_counts_as_nothing_left_to_send(channels: Channels) ->
 def test_end_waits_for_what_is_unsent(channels: Channels) -> None:
     """Told to end with megabytes unsent, an end sends them first."""
     mine, theirs = channels
-    parts = [b"x" * (2 * MIB)]
+    parts = [b"x" * (8 * MIB)]
     assert not mine.send(Message(Kind.JOB, parts))
     assert not mine.end_sending()
     got: list[Message] = []

@@ -6,7 +6,6 @@ Imported by tests and by workers, so it imports no pytest.
 from __future__ import annotations
 
 import enum
-import gc
 import multiprocessing
 import threading
 import time
@@ -444,15 +443,3 @@ def remembered() -> list[str]:
 
 
 _remembered: list[str] = []
-
-
-class TellsOfCollection:
-    """Tells whether garbage was collected automatically when it was rebuilt."""
-
-    was_on = True
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return TellsOfCollection, (), {"any": "state"}
-
-    def __setstate__(self, _state: object) -> None:
-        self.was_on = gc.isenabled()
