@@ -28,6 +28,7 @@ from ._boundary import Buffer
 
 _HEAD = struct.Struct("<BQIQ")  # nearly all messages have one part
 _READ_SIZE = 1 << 16  # one read takes many small messages
+_READ_MOST = 1 << 22  # bytes, before other channels have their turn
 _BUFFER_SIZE = 1 << 20  # of a socket; the system gives less, and more than by default
 _SPARE_MOST = 1 << 23  # bytes of memory that is kept for the next large message
 _COPY_LIMIT = 1 << 16  # below it, joining the parts is cheaper than a call for each
@@ -284,7 +285,8 @@ class Channel:
         return memoryview(self._spare)[:length]
 
     def _receive_large(self, large: _LargeMessage) -> list[Message]:
-        count = self._end.recv_into(large.missing[0])
+        # A peer that writes as fast as this reads would keep it in the call.
+        count = self._end.recv_into(large.missing[0][:_READ_MOST])
         if not count:
             raise EOFError
         self.bytes_received += count

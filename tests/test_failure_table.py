@@ -263,6 +263,14 @@ def test_worker_that_is_killed_while_it_sends_costs_no_other_job(
     assert sqlite_database.names() == {*OTHERS, *(f"large {i}" for i in range(4))}
 
 
+def is_dead(process: psutil.Process) -> bool:
+    """Say whether a process has ended, whoever asks for its exit code."""
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
 def kill_at(
     worker: psutil.Process, offset: int, monkeypatch: pytest.MonkeyPatch
 ) -> threading.Event:
@@ -280,6 +288,8 @@ def kill_at(
         received += size
         if received >= offset and not killed.is_set():
             worker.kill()
+            # It sends on as long as there is room.
+            wait_until(lambda: is_dead(worker), "the end of the worker")
             killed.set()
         advance(message, size)
 
