@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from typing import TypeGuard
 
 _MOST = 1 << 14  # bytes; a socket with room takes so few whole, or not at all
-_SPIN_MOST = 100_000  # nanoseconds of a job
-_SPIN_SECONDS = 0.0002
+_SOON = 100_000  # nanoseconds of a job, whose answer is looked for again and again
+_SPIN_SECONDS = 0.0002  # for so long, before its caller sleeps
 _LONGEST_POLL = 1 << 30  # milliseconds; what poll() takes, a C int, is twice as long
 
 
@@ -74,7 +74,7 @@ class Offer:
     @property
     def is_soon(self) -> bool:
         """Whether the answer is expected before a thread could fall asleep and wake."""
-        return 0 < self.nanoseconds < self.answered * _SPIN_MOST
+        return 0 < self.nanoseconds < self.answered * _SOON
 
     def take(self, job: Job) -> bool:
         """Send a job to the worker.
@@ -183,7 +183,7 @@ class Offers:
         return None if timeout is None else timeout - (time.monotonic() - start)
 
     def _read(self, offer: Offer, handover: _Handover, timeout: float | None) -> bool:
-        """Say whether nothing is left to do for the dispatcher."""
+        """Read the answer, and say whether nothing is left to do for the dispatcher."""
         with self._lock:
             if self.standing is not offer or not offer.is_open or offer.is_read:
                 return True
@@ -201,9 +201,8 @@ class Offers:
         return self._settle(following)
 
     def _settle(self, offer: Offer) -> bool:
-        if (told := offer.told) is None:
-            return True
-        job, answer = told
+        assert offer.told is not None  # noqa: S101 - it was just read
+        job, answer = offer.told
         try:
             result = loads_result(answer.parts)
         except BaseException:
@@ -247,7 +246,8 @@ class _Handover:
         """Let no message wake the dispatcher.
 
         Returns:
-            Waits for a message, or for :meth:`ring`; takes a timeout in seconds.
+            Waits for a message, or for :meth:`ring`. It takes a timeout in seconds, None
+            for no bound, and whether to expect the message at once.
         """
         self._epoll.modify(descriptor, 0)
         poll = select.poll()
@@ -284,6 +284,5 @@ class _Handover:
     def __del__(self) -> None:
         # Not when the dispatcher ends: a caller may be about to wait, and the numbers of
         # the descriptors would soon be others'.
-        self._epoll.close()
-        self._bell.close()
-        self._ear.close()
+        for end in vars(self).values():  # fewer if there was no room for all
+            end.close()
