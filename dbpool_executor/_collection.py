@@ -1,7 +1,7 @@
 """Stops automatic garbage collection for a while.
 
-Runs in every process that imports the package: while connections are looked for, at a
-fork, and while something large is unpickled.
+Runs in every process that imports the package: while connections are looked for, and at
+a fork.
 """
 
 from __future__ import annotations

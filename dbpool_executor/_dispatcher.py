@@ -221,8 +221,10 @@ class Dispatcher:
 
     def _wake(self) -> None:
         self._listening = False
-        with suppress(OSError):  # a byte is there already, or the thread has ended
+        try:  # noqa: SIM105 - a call between the two, and Ctrl-C could divide them
             self._bell.send(b"\0")
+        except OSError:
+            pass  # a byte is there already, or the thread has ended
 
     def _begin(self) -> None:
         self._prepare()
@@ -326,7 +328,10 @@ class Dispatcher:
         self._done += offer.answered
         if offer.told is not None:  # the caller was interrupted, or is about to do it
             job, answer = offer.told
-            job.settle(answer)
+            job.attempts += 1
+            if not job.settle(answer):
+                self._done -= 1
+                self._failed += 1
         # At the end of the stream the selector tells of it again.
         data = b"".join(offer.inbox)
         return (worker, worker.body.channel.take_in(data)) if data else None

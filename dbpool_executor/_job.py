@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures._base import FINISHED, PENDING, RUNNING
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -67,14 +67,10 @@ class JobFuture(Future[T]):
 
     def set_running_or_notify_cancel(self) -> bool:
         """Say whether the job is still to be run; from now on it cannot be cancelled."""
-        condition = self._condition
-        condition.acquire()
-        try:
+        with self._lock:
             if self._state == PENDING:
                 self._state = RUNNING
                 return True
-        finally:
-            condition.release()
         return super().set_running_or_notify_cancel()
 
     def is_watched(self) -> bool:
@@ -85,18 +81,31 @@ class JobFuture(Future[T]):
             or self._done_callbacks  # type: ignore[attr-defined]
         )
 
+    def set_unwatched_result(self, result: T) -> bool:
+        """Give it its result if nobody is to be told.
+
+        Returns:
+            Whether it has it now.
+        """
+        with self._lock:
+            if self._state != RUNNING or self.is_watched():
+                return False
+            self._result = result
+            self._state = FINISHED
+            return True
+
     def set_result(self, result: T) -> None:
         """Give it its result, and tell all who wait for it."""
-        condition = self._condition
-        condition.acquire()
-        try:
-            if self._state == RUNNING and not self.is_watched():
-                self._result = result
-                self._state = FINISHED
-                return
-        finally:
-            condition.release()
-        super().set_result(result)
+        if not self.set_unwatched_result(result):
+            super().set_result(result)
+
+    @property
+    def _lock(self) -> AbstractContextManager[bool]:
+        # The condition is entered by a Python function, in which Ctrl-C can strike
+        # between the lock and the block that lets go of it.
+        lock: AbstractContextManager[bool]
+        lock = self._condition._lock  # type: ignore[attr-defined]
+        return lock
 
 
 @dataclass(slots=True, eq=False)

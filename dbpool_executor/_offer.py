@@ -16,7 +16,6 @@ import select
 import selectors
 import time
 from collections.abc import Callable
-from concurrent.futures import InvalidStateError
 from contextlib import AbstractContextManager, suppress
 from typing import TYPE_CHECKING
 
@@ -90,9 +89,14 @@ class Offer:
         data = b"".join(frame(Message(Kind.JOB, job.parts, self.number)))
         if len(data) > _MOST:
             return False
+        mine = job, data
+        # Once more: a signal's handler, or a finalizer, may have submitted a job
+        # meanwhile, for which the lock is no obstacle.
+        if not self.is_open or self.taken is not None:
+            return False
         # From here on it is the worker's. If it may not be sent, the dispatcher sends it
         # again: a worker passes over a job whose number it has seen.
-        self.taken = job, data
+        self.taken = mine
         job.take()
         self.unsent = self.channel.send_at_once(data)
         return True
@@ -106,7 +110,8 @@ class Offer:
         """
         assert self.taken is not None  # noqa: S101 - or nobody would wait
         self.channel.receive_into(self.inbox)
-        if not self.is_open or len(self.inbox) != 1:
+        # The answer before may still be on its way to its future.
+        if not self.is_open or len(self.inbox) != 1 or self.told is not None:
             return None
         message = unframe(self.inbox[0])
         if message is None or message.kind is not Kind.RESULT:
@@ -146,6 +151,8 @@ class Offers:
             _Handover(selector) if _Handover.is_possible(selector) else None
         )
         self.standing: Offer | None = None
+        # Stands for the one caller that may wait: each ring wakes but one.
+        self._reader: object | None = None
 
     def withdraw(self) -> Offer | None:
         """Take back what was offered: from now on it is the dispatcher's alone."""
@@ -184,12 +191,18 @@ class Offers:
 
     def _read(self, offer: Offer, handover: _Handover, timeout: float | None) -> bool:
         """Read the answer, and say whether nothing is left to do for the dispatcher."""
-        with self._lock:
-            if self.standing is not offer or not offer.is_open or offer.is_read:
-                return True
-            offer.is_read = True
-            wait = handover.give(offer.channel.fileno())
-        wait(timeout, soon=offer.is_soon)
+        me = object()
+        try:
+            with self._lock:
+                if self.standing is not offer or not offer.is_open or self._reader:
+                    return True
+                self._reader = me
+                offer.is_read = True
+                wait = handover.give(offer.channel.fileno())
+            wait(timeout, soon=offer.is_soon)
+        finally:
+            if self._reader is me:
+                self._reader = None
         with self._lock:
             if self.standing is not offer:
                 return True
@@ -203,6 +216,8 @@ class Offers:
     def _settle(self, offer: Offer) -> bool:
         assert offer.told is not None  # noqa: S101 - it was just read
         job, answer = offer.told
+        if job.future.is_watched():
+            return False  # callbacks are called in the dispatcher's thread
         try:
             result = loads_result(answer.parts)
         except BaseException:
@@ -212,14 +227,18 @@ class Offers:
             if job.future.exception() is None:
                 raise
             return True
-        with suppress(InvalidStateError):  # the dispatcher woke, and was faster
-            job.future.set_result(result)
+        if not job.future.set_unwatched_result(result):
+            return False
         offer.told = None
         return True
 
     def close(self) -> None:
-        """Free what the system keeps for it."""
+        """Free what is kept for it: a future may be kept for long, and keeps this."""
         self._handover = None
+        self._wake = _nothing
+
+
+def _nothing() -> None: ...
 
 
 class _Handover:

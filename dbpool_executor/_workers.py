@@ -205,7 +205,7 @@ class Workers:
         if not self.idle or self._max_jobs is not None:
             return None
         worker = self.idle[-1]
-        if not worker.body.channel.is_between_messages:
+        if worker.has_unsent or not worker.body.channel.is_between_messages:
             return None
         self._offered = worker
         return Offer(worker.body.channel, worker.last_number + 1)
