@@ -129,6 +129,7 @@ class Database:
         engine: The worker's engine.
         alarm: The time limit of the running job.
         session: Of the running job; None if it has none.
+        was_interrupted: Whether a job was, since garbage was collected last.
 
     Raises:
         TypeError: The factory returned something other than an Engine.
@@ -172,6 +173,7 @@ class Database:
         self._job_engine = engine  # with the options of the running job
         self._adopt(DEFAULTS)
         self._was_lent = False  # to the running job, by current_engine()
+        self.was_interrupted = False  # since garbage was collected
 
     def run(
         self,
@@ -212,6 +214,7 @@ class Database:
             if self.session is not None:
                 self.session.invalidate()
             self.engine.dispose()
+            self.was_interrupted = True
             error = JobTimeoutError(options.timeout or 0.0)
             raise self._exact(error) from exc.__cause__
         except DBPoolError as exc:

@@ -213,6 +213,11 @@ def _serve(channel: Channel, database: Database, record: PhaseRecord) -> None:
                     # Begun before it is unpickled: unpickling runs the caller's code too.
                     if record.begin(number):
                         kind, answer = _run(database, call, options)
+                        if database.was_interrupted:
+                            # A cursor that nobody closed holds SQLite's lock as long as
+                            # it lives, and the interrupt's frames may be a cycle.
+                            database.was_interrupted = False
+                            gc.collect()
                         end = time.monotonic_ns()
                         channel.send_one(kind, answer, end - start)
                         start = end
