@@ -28,10 +28,15 @@ from functools import partial
 from itertools import chain, compress
 from typing import Any
 
-from sqlalchemy import URL, Engine, event
-from sqlalchemy.pool import ConnectionPoolEntry, Pool, PoolProxiedConnection
+from ._collection import collection_pause, counted_as_old
 
-from ._collection import collection_pause
+# Whether somebody may have connected before this module was imported.
+_is_late = "sqlalchemy.pool" in sys.modules
+
+with counted_as_old():
+    import sqlalchemy.orm  # noqa: F401 - whoever imports the package needs it too
+    from sqlalchemy import URL, Engine, event
+    from sqlalchemy.pool import ConnectionPoolEntry, Pool, PoolProxiedConnection
 
 # By which a driver's connection is known, PEP 249.
 _CONNECTION_SHAPE = ("cursor", "commit", "rollback", "close")
@@ -45,7 +50,8 @@ class _Watch:
         self.entries: weakref.WeakValueDictionary[int, ConnectionPoolEntry] = (
             weakref.WeakValueDictionary()
         )
-        self.knows_older = False  # those from before the import are in `entries` too
+        # Whether those from before the import are in `entries` too.
+        self.knows_older = not _is_late
         self.graveyard: list[object] = []  # inherited, kept for ever
         self.fork = _Fork()
 
@@ -126,6 +132,16 @@ def live_entries() -> list[ConnectionPoolEntry]:
     return _watch.live_entries()
 
 
+def freeze() -> None:
+    """Have the garbage collector never look again at what is here by now.
+
+    It need not look at what stays, nor touch the memory pages that a forked copy has in
+    common with this process (docs.python.org/3/library/gc.html#gc.freeze).
+    """
+    live_entries()  # what is frozen is not found any more
+    gc.freeze()
+
+
 @contextmanager
 def thorough() -> Iterator[None]:
     """Have a fork of this thread inside the block look at every object.
@@ -158,12 +174,18 @@ def refuse_inherited(engine: Engine) -> None:
 
 
 def module_level_name(value: object) -> str | None:
-    """Find the module and global name of an object; None if it has none."""
+    """Find the module and global name of an object of the program; None if it has none."""
     for module_name, module in list(sys.modules.items()):
+        # Each object that is looked at costs a worker a copy of its memory page.
+        if module_name.partition(".")[0] in _NOT_THE_PROGRAMS:
+            continue
         for name, candidate in list(getattr(module, "__dict__", {}).items()):
             if candidate is value:
                 return f"{module_name}.{name}"
     return None
+
+
+_NOT_THE_PROGRAMS = sys.stdlib_module_names | {"sqlalchemy"}
 
 
 def bury_inherited() -> list[str]:

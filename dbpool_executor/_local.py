@@ -107,7 +107,7 @@ def _start_forkserver() -> None:
     What the program has chosen to preload is left as it is; there is no public way to
     ask for that.
     """
-    ours = ["__main__", "dbpool_executor._worker", "dbpool_executor._unblocked"]
+    ours = ["__main__", "dbpool_executor._worker", "dbpool_executor._preloaded"]
     server = forkserver._forkserver
     if getattr(server, "_preload_modules", None) == ["__main__"]:
         server.set_forkserver_preload(ours)

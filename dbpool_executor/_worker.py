@@ -30,7 +30,7 @@ from ._boundary import WITH_CODE, Buffer, loads_call, with_code
 from ._channel import Channel, Kind, Message, SharedChannel, own_end
 from ._database import Database, current_engine
 from ._exceptions import dumps_exception, set_cause
-from ._inheritance import bury_inherited
+from ._inheritance import bury_inherited, freeze
 from ._leaving import leave
 from ._logs import Forwarder, Levels
 from ._notes import notes_on, watch_limit
@@ -133,6 +133,7 @@ def main(end: socket.socket | None, sent: SentSetup) -> None:
             channel.send(Message(Kind.START_FAILURE, dumps_exception(exc)))
             return
         channel.send(Message(Kind.READY))
+        freeze()
         _serve(channel, database, record)
         if setup.finalizer is not None:
             _finalize(database, setup.finalizer, tell)

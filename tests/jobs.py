@@ -44,6 +44,12 @@ def collection_threshold() -> int:
     return gc.get_threshold()[0]
 
 
+def collector_looks_at_the_engine() -> bool:
+    """Tell whether this worker's garbage collector still does."""
+    engine = current_engine()
+    return any(each is engine for each in gc.get_objects())
+
+
 def wait_at_gate(address: tuple[str, int], value: Any = None) -> Any:
     """Wait until the test lets this job go on; see ``waiting.Gate``."""
     with socket.create_connection(address) as gate:

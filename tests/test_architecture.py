@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     # The parent.
     "_exit": set(),
-    "_unblocked": set(),
+    "_preloaded": {"_inheritance"},
     "_stats": set(),
     "_arguments": {"_boundary", "_places", "errors"},
     "_results": set(),

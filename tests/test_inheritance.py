@@ -277,6 +277,7 @@ PRELOADS = {
     "without the package": ["preloaded"],
     "before the package": ["preloaded", "dbpool_executor"],
     "after the package": ["dbpool_executor", "preloaded"],
+    "before what ends our preloads": ["preloaded", "dbpool_executor._preloaded"],
 }
 
 

@@ -440,3 +440,12 @@ def test_worker_collects_garbage_less_often_unless_it_is_told_when(
     )
     found = executor.submit(jobs.collection_threshold).result(LONGEST)
     assert found == threshold
+
+
+def test_worker_does_not_look_for_garbage_in_what_was_there_before_its_jobs(
+    sqlite_database: Database, context: BaseContext, make_executor: MakeExecutor
+) -> None:
+    """Its engine and all that was imported stay as long as it does."""
+    executor = make_executor(sqlite_database.make_engine, 1, context)
+    looks = executor.submit(jobs.collector_looks_at_the_engine)
+    assert looks.result(LONGEST) is False

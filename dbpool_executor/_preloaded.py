@@ -1,9 +1,14 @@
-"""Unblocks SIGINT when it is imported: by a forkserver, as the last of its preloads.
+"""Ends the preloads of a forkserver: imported as the last of them.
 
 Runs in the parent of all workers, never in a worker or in the program itself.
 """
 
 import signal
+
+from ._inheritance import freeze, live_entries
+
+if not live_entries():  # or their engine is not found when workers tell of them
+    freeze()
 
 if hasattr(signal, "pthread_sigmask"):
     # A Ctrl-C that came meanwhile is for the program, which has had its own.

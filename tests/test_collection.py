@@ -1,0 +1,39 @@
+"""The pauses of garbage collection, and what they leave behind."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+
+from dbpool_executor._collection import counted_as_old
+
+
+@pytest.fixture(autouse=True)
+def nothing_frozen() -> Iterator[None]:
+    """What a test freezes is frozen for that test alone."""
+    assert gc.get_freeze_count() == 0
+    yield
+    gc.unfreeze()
+
+
+def test_what_is_made_in_the_block_is_old_after_it() -> None:
+    """And it is collected as ever when it becomes garbage."""
+    with counted_as_old():
+        assert not gc.isenabled()
+        made: list[object] = []
+        made.append(made)
+    assert gc.isenabled()
+    assert any(each is made for each in gc.get_objects(generation=2))
+    assert gc.get_freeze_count() == 0
+
+
+def test_what_the_program_has_frozen_stays_so() -> None:
+    """Servers that fork freeze what their children have in common."""
+    gc.freeze()
+    frozen = gc.get_freeze_count()
+    with counted_as_old():
+        pass
+    assert gc.get_freeze_count() == frozen
+    assert gc.isenabled()
