@@ -55,6 +55,9 @@ collection_pause = CollectionPause()
 """That of this process."""
 
 
+_FROZEN_AT_START = 1000  # more than CPython 3.12 freezes by itself, less than anybody
+
+
 @contextmanager
 def counted_as_old() -> Iterator[None]:
     """Have what is imported inside the block not looked at until all old objects are.
@@ -64,6 +67,7 @@ def counted_as_old() -> Iterator[None]:
     """
     with collection_pause:
         yield
-        if not gc.get_freeze_count():  # or what the program has frozen is not any more
+        # Not if the program has frozen something, which would be undone.
+        if gc.get_freeze_count() < _FROZEN_AT_START:
             gc.freeze()
             gc.unfreeze()

@@ -434,7 +434,7 @@ class Dispatcher:
         asked: JobFuture[Outcome] = JobFuture()
         asked.add_done_callback(settle)
         call = dumps_call(outcome_of_transaction, (xid,), {})
-        self._waiting.appendleft(Job(asked, [call, dumps_options(DEFAULTS)]))
+        self._waiting.appendleft(Job(asked, (call, dumps_options(DEFAULTS))))
 
     def _settle(self) -> None:
         told, self._told = self._told, []

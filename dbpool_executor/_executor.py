@@ -89,7 +89,7 @@ class _JobExecutor(Executor):
             future.set_exception(exc)
         else:
             options = self._options
-            self._dispatcher.add(Job(future, [call, dumps_options(options)], options))
+            self._dispatcher.add(Job(future, (call, dumps_options(options)), options))
         return future
 
     def map(

@@ -5,9 +5,17 @@ No process.
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections import deque
-from concurrent.futures import CancelledError, InvalidStateError, as_completed, wait
+from collections.abc import Callable
+from concurrent.futures import (
+    CancelledError,
+    Future,
+    InvalidStateError,
+    as_completed,
+    wait,
+)
 from typing import Any, NoReturn
 
 import pytest
@@ -55,6 +63,50 @@ def test_result_that_nobody_waits_for_is_there(value: object) -> None:
     future.add_done_callback(called.append)
     assert called == [future]
     assert wait([future], 0).done == {future}
+
+
+def test_future_has_what_every_future_has() -> None:
+    """It does without ``Future.__init__``, whatever that may come to do."""
+    ours, theirs = vars(JobFuture()), vars(Future())
+    assert isinstance(ours.pop("_condition"), type(theirs.pop("_condition")))
+    assert ours == theirs
+
+
+def test_collector_of_garbage_looks_at_half_as_much_for_a_future() -> None:
+    """There may be a hundred thousand of them, and it looks at each more than once."""
+
+    def objects_of(make: Callable[[], object]) -> int:
+        before = len(gc.get_objects())
+        futures = [make() for _ in range(100)]
+        return len(gc.get_objects()) - before - len([futures])
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert objects_of(JobFuture) * 2 <= objects_of(Future)
+    finally:
+        gc.enable()
+
+
+def test_condition_is_let_go_of_however_often_it_was_entered() -> None:
+    """A signal's handler may ask for the future that the main thread has in hand."""
+    condition = JobFuture[None]()._condition
+    entered = threading.Event()
+
+    def wait_inside() -> None:
+        with condition, condition:
+            entered.set()
+            assert condition.wait(LONGEST)
+
+    waiting = in_thread(wait_inside)
+    assert entered.wait(LONGEST)
+    assert condition.acquire(timeout=LONGEST)
+    condition.notify_all()
+    condition.release()
+    waiting.join(LONGEST)
+    assert not waiting.is_alive()
+    with pytest.raises(RuntimeError, match="un-acquired"):
+        condition.notify()
 
 
 def test_each_who_waits_is_told() -> None:
