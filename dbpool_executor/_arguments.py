@@ -16,7 +16,8 @@ from typing import Any
 
 from sqlalchemy import URL, Engine, create_engine, make_url
 
-from ._boundary import by_value_pickler, dumps_call, is_interactive, with_code
+from ._boundary import dumps_call
+from ._picklers import by_value_pickler, is_interactive, with_code
 from ._places import asyncio_classes, full_name
 from .errors import NotPlainError
 

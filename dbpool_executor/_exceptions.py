@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from ._boundary import BoundaryPickler, Buffer, pickled
+from ._boundary import Buffer
+from ._picklers import BoundaryPickler, pickled
 from ._places import full_name
 from .errors import DBPoolError, JobFailedError, Outcome, WorkerTraceback
 

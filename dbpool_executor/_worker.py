@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import Engine
 
-from ._boundary import WITH_CODE, Buffer, loads_call, with_code
+from ._boundary import Buffer, loads_call
 from ._channel import Channel, Kind, Message, SharedChannel, own_end
 from ._database import Database, current_engine
 from ._exceptions import dumps_exception, set_cause
@@ -36,6 +36,7 @@ from ._logs import Forwarder, Levels
 from ._notes import notes_on, watch_limit
 from ._options import DEFAULTS, loads_options
 from ._phase import PhaseRecord
+from ._picklers import WITH_CODE, with_code
 from ._places import full_name
 from ._resolution import outcome_of
 from .errors import ArgumentsLostError, Outcome

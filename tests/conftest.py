@@ -16,7 +16,7 @@ from sqlalchemy import URL
 import processes
 import servers
 import tls
-from dbpool_executor import DBPoolExecutor, _arguments, _boundary
+from dbpool_executor import DBPoolExecutor, _arguments, _boundary, _picklers
 from processes import MakeExecutor
 from servers import Database
 from waiting import LONGEST, Gate
@@ -32,7 +32,7 @@ multiprocessing.set_forkserver_preload(
 @pytest.fixture(autouse=True)
 def without_cloudpickle(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is tested is the package alone; ``test_with_code`` tests the extra."""
-    for module in (_boundary, _arguments):
+    for module in (_picklers, _boundary, _arguments):
         monkeypatch.setattr(module, "by_value_pickler", lambda **_: None)
 
 

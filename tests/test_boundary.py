@@ -65,8 +65,8 @@ from dbpool_executor._boundary import (
     dumps_result,
     loads_call,
     loads_result,
-    remedy_for,
 )
+from dbpool_executor._picklers import remedy_for
 from dbpool_executor.errors import ArgumentsLostError, ResultLostError
 from models import Base, Item
 from servers import Database
