@@ -14,14 +14,12 @@ from __future__ import annotations
 
 import enum
 import functools
-import os
 import socket
 import struct
 import threading
-import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from ._boundary import Buffer
@@ -29,7 +27,6 @@ from ._boundary import Buffer
 _HEAD = struct.Struct("<BQIQ")  # nearly all messages have one part
 _READ_SIZE = 1 << 16  # one read takes many small messages
 _READ_MOST = 1 << 22  # bytes, before other channels have their turn
-_BUFFER_SIZE = 1 << 20  # of a socket; the system gives less, and more than by default
 _SPARE_MOST = 1 << 23  # bytes of memory that is kept for the next large message
 _COPY_LIMIT = 1 << 16  # below it, joining the parts is cheaper than a call for each
 
@@ -387,63 +384,3 @@ class _LargeMessage:
             self.missing[0] = view
         else:
             self.missing.popleft()
-
-
-# -- Ends that belong to one process -----------------------------------------
-
-# Every open end of this process. A forked copy of the process closes its copies: the
-# end of a stream is seen only when no process holds the other end any more.
-_ends: weakref.WeakSet[socket.socket] = weakref.WeakSet()
-# Guards _ends and the moment between the making of an end and its entry there, so that
-# no fork of another thread falls in between.
-_ends_lock = threading.RLock()
-_kept = threading.local()
-
-
-def make_ends() -> tuple[socket.socket, socket.socket]:
-    """Make the two ends of a channel, which no forked process will share."""
-    with _ends_lock:
-        ends = socket.socketpair()
-        for end in ends:
-            end.setblocking(True)  # whatever socket.setdefaulttimeout() has said
-            with suppress(OSError):  # more than the system allows
-                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_SIZE)
-        _ends.update(ends)
-    return ends
-
-
-def own_end(end: socket.socket) -> None:
-    """Note an end that another process has made for this one."""
-    end.setblocking(True)
-    with _ends_lock:
-        _ends.add(end)
-
-
-@contextmanager
-def kept_by_child(end: socket.socket) -> Iterator[None]:
-    """Let a process that this thread forks inside the block keep an end."""
-    _kept.end = end
-    try:
-        yield
-    finally:
-        _kept.__dict__.pop("end", None)
-
-
-def _close_inherited_ends() -> None:
-    # Taken out: the block does not end in the child, whose own children keep nothing.
-    kept = _kept.__dict__.pop("end", None)
-    for end in list(_ends):
-        if end is not kept:
-            end.close()
-    _ends.clear()
-    if kept is not None:
-        _ends.add(kept)
-    _ends_lock.release()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_ends_lock.acquire,
-        after_in_parent=_ends_lock.release,
-        after_in_child=_close_inherited_ends,
-    )

@@ -20,7 +20,7 @@ from contextlib import suppress
 
 from . import _rules
 from ._boundary import dumps_call
-from ._channel import Kind, Message, make_ends
+from ._channel import Kind, Message
 from ._endings import Ending, resolved_error
 from ._exit import at_exit
 from ._job import Job, JobFuture
@@ -28,6 +28,7 @@ from ._local import LocalWorker
 from ._logs import handle_record
 from ._offer import Offers
 from ._options import DEFAULTS, dumps_options
+from ._sockets import make_ends
 from ._stats import Stats
 from ._worker import outcome_of_transaction
 from ._workers import Worker, Workers

@@ -12,10 +12,11 @@ from contextlib import contextmanager, nullcontext
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
 
-from ._channel import Channel, kept_by_child, make_ends
+from ._channel import Channel
 from ._inheritance import thorough
 from ._parent import prepare_fork
 from ._phase import WORDS, PhaseRecord, Progress
+from ._sockets import kept_by_child, make_ends
 from ._worker import SentSetup, WorkerSetup, begin, main
 
 _NAME = "DBPoolWorker"

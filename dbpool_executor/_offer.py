@@ -20,8 +20,9 @@ from contextlib import AbstractContextManager, suppress
 from typing import TYPE_CHECKING
 
 from ._boundary import loads_result
-from ._channel import Channel, Kind, Message, frame, make_ends, unframe
+from ._channel import Channel, Kind, Message, frame, unframe
 from ._job import Job, JobFuture
+from ._sockets import make_ends
 
 if TYPE_CHECKING:
     from selectors import EpollSelector

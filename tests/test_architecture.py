@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_options": set(),
     "_phase": set(),
     "_places": set(),
+    "_sockets": set(),
     "_picklers": {"_places"},
     "_boundary": {"_picklers", "_places", "errors"},
     "_channel": {"_boundary"},
@@ -47,7 +48,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "_worker": {
         "_boundary", "_channel", "_database", "_exceptions", "_inheritance", "_leaving",
-        "_logs", "_notes", "_options", "_phase", "_picklers", "_places", "_resolution", "errors",
+        "_logs", "_notes", "_options", "_phase", "_picklers", "_places", "_resolution",
+        "_sockets", "errors",
     },
     # The parent.
     "_exit": set(),
@@ -58,16 +60,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_parent": {"_inheritance", "_places", "errors"},
     "_rules": {"_phase", "errors"},
     "_job": {"_boundary", "_channel", "_exceptions", "_options", "errors"},
-    "_local": {"_channel", "_inheritance", "_parent", "_phase", "_worker"},
+    "_local": {"_channel", "_inheritance", "_parent", "_phase", "_sockets", "_worker"},
     "_endings": {"_exceptions", "_job", "errors"},
-    "_offer": {"_boundary", "_channel", "_job"},
+    "_offer": {"_boundary", "_channel", "_job", "_sockets"},
     "_workers": {
         "_boundary", "_channel", "_endings", "_exceptions", "_job", "_local", "_offer",
         "_phase", "_rules", "errors",
     },
     "_dispatcher": {
         "_boundary", "_channel", "_endings", "_exit", "_job", "_local", "_logs",
-        "_offer", "_options", "_rules", "_stats", "_worker", "_workers", "errors",
+        "_offer", "_options", "_rules", "_sockets", "_stats", "_worker", "_workers", "errors",
     },
     "_executor": {
         "_arguments", "_boundary", "_dispatcher", "_job", "_local", "_logs",
@@ -190,6 +192,7 @@ def test_modules_of_workers_say_so() -> None:
         "_exceptions",
         "_places",
         "_channel",
+        "_sockets",
     ]
     for module in [*workers, "_phase", "_options", "errors"]:
         assert where_runs(module) in ("a worker", "both processes")

@@ -23,13 +23,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dbpool_executor._channel import (
-    Channel,
-    Kind,
-    Message,
-    SharedChannel,
-    make_ends,
-)
+from dbpool_executor._channel import Channel, Kind, Message, SharedChannel
+from dbpool_executor._sockets import make_ends
 from waiting import LONGEST
 
 Ends: TypeAlias = tuple[socket.socket, socket.socket]
@@ -387,7 +382,8 @@ def test_messages_survive_a_slow_reader(messages: list[Message]) -> None:
 
 PRELUDE = """
 import os, select
-from dbpool_executor._channel import Channel, Kind, Message, kept_by_child, make_ends
+from dbpool_executor._channel import Channel, Kind, Message
+from dbpool_executor._sockets import kept_by_child, make_ends
 
 mine, theirs = make_ends()
 other, others = make_ends()

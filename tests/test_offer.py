@@ -23,9 +23,10 @@ import pytest
 import faults
 import jobs
 from dbpool_executor import DBPoolExecutor, ResultLostError, WorkerDiedError
-from dbpool_executor._channel import Channel, Kind, Message, frame, make_ends
+from dbpool_executor._channel import Channel, Kind, Message, frame
 from dbpool_executor._job import Job, JobFuture
 from dbpool_executor._offer import Offer
+from dbpool_executor._sockets import make_ends
 from processes import MakeExecutor, dispatchers
 from servers import Database
 from values import Box

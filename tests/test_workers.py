@@ -14,10 +14,11 @@ from typing import Any, cast
 
 import pytest
 
-from dbpool_executor._channel import Channel, Kind, Message, make_ends
+from dbpool_executor._channel import Channel, Kind, Message
 from dbpool_executor._job import Job, JobFuture
 from dbpool_executor._local import LocalWorker
 from dbpool_executor._phase import RECALL_DELAY, WORDS, PhaseRecord, Progress
+from dbpool_executor._sockets import make_ends
 from dbpool_executor._workers import Worker, Workers
 
 
