@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import faulthandler
+import gc
 import importlib
 import importlib.util
 import json
@@ -197,6 +198,9 @@ class _Result(unittest.TextTestResult):
     def stopTest(self, test: unittest.TestCase) -> None:
         faulthandler.cancel_dump_traceback_later()
         super().stopTest(test)
+        # A test that fails may leave its executor to the collector, with its traceback;
+        # the forkserver, which is ended after the last test, waits for the workers.
+        gc.collect()
 
     def addSuccess(self, test: unittest.TestCase) -> None:
         super().addSuccess(test)
