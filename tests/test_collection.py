@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
 
 from dbpool_executor._collection import counted_as_old
+from waiting import LONGEST
 
 
 @pytest.fixture(autouse=True)
@@ -37,3 +40,19 @@ def test_what_the_program_has_frozen_stays_so() -> None:
         pass
     assert gc.get_freeze_count() == frozen
     assert gc.isenabled()
+
+
+def test_what_a_forkserver_has_imported_is_frozen() -> None:
+    """So its workers have it in common, and none of them looks for garbage there."""
+    program = (
+        "import dbpool_executor._worker, dbpool_executor._preloaded, gc, sqlalchemy\n"
+        "print(gc.isenabled(), any(o is vars(sqlalchemy) for o in gc.get_objects()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=LONGEST,
+    )
+    assert done.stdout.split() == ["True", "False"]
