@@ -52,6 +52,7 @@ class _Watch:
         )
         # Whether those from before the import are in `entries` too.
         self.knows_older = not _is_late
+        self.has_frozen = False  # what is frozen is not found among all objects
         self.graveyard: list[object] = []  # inherited, kept for ever
         self.fork = _Fork()
 
@@ -80,6 +81,9 @@ def living(*classes: type) -> list[Any]:
 
 
 def _living(is_wanted: Callable[[type], bool]) -> list[Any]:
+    if _watch.has_frozen:
+        gc.unfreeze()
+        _watch.has_frozen = False
     # Each by its type() and not by isinstance(): a proxy's __class__ may be a property
     # that runs anybody's code.
     collection_pause.begin()
@@ -133,12 +137,13 @@ def live_entries() -> list[ConnectionPoolEntry]:
 
 
 def freeze() -> None:
-    """Have the garbage collector never look again at what is here by now.
+    """Have the garbage collector not look at what is here by now.
 
     It need not look at what stays, nor touch the memory pages that a forked copy has in
-    common with this process (docs.python.org/3/library/gc.html#gc.freeze).
+    common with this process (docs.python.org/3/library/gc.html#gc.freeze). Undone when
+    objects have to be looked for.
     """
-    live_entries()  # what is frozen is not found any more
+    _watch.has_frozen = True
     gc.freeze()
 
 

@@ -5,10 +5,9 @@ Runs in the parent of all workers, never in a worker or in the program itself.
 
 import signal
 
-from ._inheritance import freeze, live_entries
+from ._inheritance import freeze
 
-if not live_entries():  # or their engine is not found when workers tell of them
-    freeze()
+freeze()
 
 if hasattr(signal, "pthread_sigmask"):
     # A Ctrl-C that came meanwhile is for the program, which has had its own.

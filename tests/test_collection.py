@@ -8,8 +8,10 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from sqlalchemy import Engine, create_engine
 
 from dbpool_executor._collection import counted_as_old
+from dbpool_executor._inheritance import freeze, living
 from waiting import LONGEST
 
 
@@ -40,6 +42,14 @@ def test_what_the_program_has_frozen_stays_so() -> None:
         pass
     assert gc.get_freeze_count() == frozen
     assert gc.isenabled()
+
+
+def test_what_is_frozen_by_the_package_is_found_all_the_same() -> None:
+    """A job may make an executor of its own, for which all engines are looked at."""
+    engine = create_engine("sqlite://")
+    freeze()
+    assert not any(each is engine for each in gc.get_objects())
+    assert any(each is engine for each in living(Engine))
 
 
 def test_what_a_forkserver_has_imported_is_frozen() -> None:
