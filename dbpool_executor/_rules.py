@@ -22,7 +22,7 @@ worker while another is idle, before they are taken back."""
 
 _GROUP_SECONDS = 0.005  # work in one message
 _GROUP_MOST = 500  # jobs, however short
-_GROUPS_AT_ONCE = 2  # behind one that a worker may still have
+_GROUPS = 3  # that a worker may have
 _UNREAD_BYTES = 1 << 15  # that a channel takes on every system
 _UNREAD_ANSWERS = 200  # of which each takes memory beside its bytes
 _SHORTEST_NAP = 0.0002  # seconds; below it the system's timers cost more than they save
@@ -58,6 +58,9 @@ def jobs_to_send(
     Short ones go in groups, which is what makes them cheap, and the next groups before
     the last one is done; one that may be long goes alone.
 
+    A worker that has room for a group is filled up, whether it needs more yet or not:
+    so all workers are filled in the same turns of the dispatcher, and those are few.
+
     Args:
         waiting: Jobs not yet sent to a worker.
         sent: Jobs that this worker has and has not answered.
@@ -68,12 +71,11 @@ def jobs_to_send(
         A number >= 0.
     """
     group = group_size(seconds_per_job)
-    # Nothing is sent behind a job that may be long. Behind short ones one group may be
-    # left: no pause, and few turns of the dispatcher.
-    if sent > (group if group > 1 else 0):
+    are_short = seconds_per_job <= _GROUP_SECONDS
+    room = (_GROUPS * group if are_short else 1) - sent
+    if room < group:
         return 0
-    most = _GROUPS_AT_ONCE * group if group > 1 else 1
-    return min(most, -(-waiting // workers))
+    return min(room, -(-waiting // workers))
 
 
 def group_size(seconds_per_job: float) -> int:
@@ -111,7 +113,7 @@ def seconds_to_nap(
     nap = min(ahead, unread) * seconds_per_job
     if nap < _SHORTEST_NAP:
         return 0.0
-    return min(nap, _GROUPS_AT_ONCE * _GROUP_SECONDS)
+    return min(nap, (_GROUPS - 1) * _GROUP_SECONDS)
 
 
 def is_taken_back(
@@ -147,7 +149,7 @@ def delay_before_repeat(attempts: int, random: float) -> float:
 
 
 def updated_estimate(known: float, sample: float, jobs: int = 1) -> float:
-    """Update the estimate of how long a job takes, or its answer is.
+    """Update the estimate of how long a job takes, or its answer is: a moving average.
 
     Args:
         known: The estimate so far; infinite if there is none.
@@ -155,10 +157,10 @@ def updated_estimate(known: float, sample: float, jobs: int = 1) -> float:
         jobs: How many.
 
     Returns:
-        Up at once, since to send jobs behind a long one is a mistake; down slowly, by
-        an eighth of the difference for each job.
+        An eighth of the way to the sample for each job. All of it if that is more than
+        twice as much, since to send jobs behind a long one is a mistake.
     """
-    if sample > known or math.isinf(known):
+    if sample > 2 * known or math.isinf(known):
         return sample
     return sample + (known - sample) * 0.875**jobs
 
