@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures._base import FINISHED, PENDING, RUNNING
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -74,7 +74,10 @@ class JobFuture(Future[T]):
 
     def __init__(self) -> None:
         # Not Future's own, for the condition alone. A test compares what the two have.
-        self._condition = _Condition()
+        self._condition = condition = _Condition()
+        # The condition is entered by a Python function, in which Ctrl-C can strike
+        # between the lock and the block that lets go of it.
+        self._lock = condition._lock
         self._state = PENDING
         self._result = self._exception = None
         self._waiters: list[Any] = []
@@ -138,14 +141,6 @@ class JobFuture(Future[T]):
         """Give it its result, and tell all who wait for it."""
         if not self.set_unwatched_result(result):
             super().set_result(result)
-
-    @property
-    def _lock(self) -> AbstractContextManager[bool]:
-        # The condition is entered by a Python function, in which Ctrl-C can strike
-        # between the lock and the block that lets go of it.
-        lock: AbstractContextManager[bool]
-        lock = self._condition._lock  # type: ignore[attr-defined]
-        return lock
 
 
 @dataclass(slots=True, eq=False)

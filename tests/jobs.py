@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Engine, create_engine, func, insert, inspect, select, text
+from sqlalchemy import Engine, create_engine, event, func, insert, inspect, select, text
 from sqlalchemy.exc import IntegrityError
 
 from dbpool_executor import current_engine, session
@@ -205,6 +205,47 @@ def look_for_traces() -> dict[str, Any]:
 def session_info() -> dict[str, Any]:
     """Tell what was noted in the session before this job."""
     return dict(session.info)
+
+
+kept: list[object] = []  # in this worker, beyond a job
+
+TRACES: dict[str, Callable[[], object]] = {
+    "reference": lambda: kept.append(session()),
+    "object": lambda: kept.append(session.get(Item, 1)),
+    "info": lambda: session.info.update(left="behind"),
+    "setting": lambda: setattr(session, "autoflush", False),
+    "attribute": lambda: setattr(session(), "left", "behind"),
+    "bind": lambda: session().bind_mapper(Item, create_engine("sqlite://")),
+    "pending object": lambda: event.listen(
+        session(), "after_commit", lambda own: own.add(Item(name="late"))
+    ),
+    "transaction": lambda: event.listen(
+        session(), "after_transaction_end", lambda own, _over: own.begin()
+    ),
+}
+"""What a job may do to its session, each of which could reach the next job."""
+
+
+def use_session(trace: str | None = None) -> int:
+    """Read, leave a trace in the session, and tell which session it is."""
+    session.execute(select(func.count(Item.id)))
+    if trace is not None:
+        TRACES[trace]()
+    return session().hash_key
+
+
+def listen_to_session() -> int:
+    """Have it noted what this session does from now on; tell which one it is."""
+    for name in ("after_begin", "before_commit"):
+        event.listen(session(), name, lambda *_: kept.append("heard"))
+    return session().hash_key
+
+
+def what_was_heard() -> tuple[int, int]:
+    """Use the session and end its transaction; tell which it is, and what was noted."""
+    session.execute(select(func.count(Item.id)))
+    session.commit()
+    return session().hash_key, kept.count("heard")
 
 
 def session_settings() -> dict[str, Any]:

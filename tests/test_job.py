@@ -68,7 +68,9 @@ def test_result_that_nobody_waits_for_is_there(value: object) -> None:
 def test_future_has_what_every_future_has() -> None:
     """It does without ``Future.__init__``, whatever that may come to do."""
     ours, theirs = vars(JobFuture()), vars(Future())
-    assert isinstance(ours.pop("_condition"), type(theirs.pop("_condition")))
+    condition = ours.pop("_condition")
+    assert isinstance(condition, type(theirs.pop("_condition")))
+    assert ours.pop("_lock") is condition._lock
     assert ours == theirs
 
 
