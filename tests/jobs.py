@@ -209,12 +209,26 @@ def session_info() -> dict[str, Any]:
 
 kept: list[object] = []  # in this worker, beyond a job
 
+
+class Incomparable:
+    """What cannot be compared to anything."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        """Refuse."""
+        raise LookupError("incomparable")
+
+
 TRACES: dict[str, Callable[[], object]] = {
     "reference": lambda: kept.append(session()),
     "object": lambda: kept.append(session.get(Item, 1)),
     "info": lambda: session.info.update(left="behind"),
     "setting": lambda: setattr(session, "autoflush", False),
     "attribute": lambda: setattr(session(), "left", "behind"),
+    "what refuses to be compared": lambda: setattr(
+        session(), "autobegin", Incomparable()
+    ),
     "bind": lambda: session().bind_mapper(Item, create_engine("sqlite://")),
     "pending object": lambda: event.listen(
         session(), "after_commit", lambda own: own.add(Item(name="late"))
@@ -239,6 +253,13 @@ def listen_to_session() -> int:
     for name in ("after_begin", "before_commit"):
         event.listen(session(), name, lambda *_: kept.append("heard"))
     return session().hash_key
+
+
+def listen_to_end_and_raise() -> None:
+    """Have it noted that the session's transaction is over, which this job leaves open."""
+    session.execute(select(func.count(Item.id)))
+    event.listen(session(), "after_transaction_end", lambda *_: kept.append("heard"))
+    raise LookupError("given up")
 
 
 def what_was_heard() -> tuple[int, int]:

@@ -68,6 +68,16 @@ def test_listeners_to_a_session_do_not_outlive_the_job(
     assert executor.submit(jobs.what_was_heard).result(LONGEST) == (found, heard)
 
 
+def test_listeners_hear_of_the_end_of_the_transaction(
+    executor: DBPoolExecutor,
+) -> None:
+    """Also of one that the worker rolls back, after the job."""
+    with pytest.raises(LookupError, match="given up"):
+        executor.submit(jobs.listen_to_end_and_raise).result(LONGEST)
+    _, heard = executor.submit(jobs.what_was_heard).result(LONGEST)
+    assert heard == 1
+
+
 def test_session_of_an_own_class_is_not(
     sqlite_database: Database, make_executor: MakeExecutor
 ) -> None:
