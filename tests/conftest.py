@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import multiprocessing
+import signal
 import threading
 from collections.abc import Iterator
 from multiprocessing.context import BaseContext
@@ -27,6 +28,10 @@ from warm import Interpreter
 multiprocessing.set_forkserver_preload(
     ["dbpool_executor._worker", "models", "psycopg", "psycopg2", "pymysql", "MySQLdb"]
 )
+
+# A shell that starts the suite in the background has Ctrl-C ignored, also in the programs
+# that the suite starts and interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
