@@ -226,9 +226,7 @@ TRACES: dict[str, Callable[[], object]] = {
     "info": lambda: session.info.update(left="behind"),
     "setting": lambda: setattr(session, "autoflush", False),
     "attribute": lambda: setattr(session(), "left", "behind"),
-    "what refuses to be compared": lambda: setattr(
-        session(), "autobegin", Incomparable()
-    ),
+    "what refuses to be compared": lambda: setattr(session(), "bind", Incomparable()),
     "bind": lambda: session().bind_mapper(Item, create_engine("sqlite://")),
     "pending object": lambda: event.listen(
         session(), "after_commit", lambda own: own.add(Item(name="late"))
@@ -255,9 +253,9 @@ def listen_to_session() -> int:
     return session().hash_key
 
 
-def listen_to_end_and_raise() -> None:
+def listen_to_end_and_raise(trace: str | None) -> None:
     """Have it noted that the session's transaction is over, which this job leaves open."""
-    session.execute(select(func.count(Item.id)))
+    use_session(trace)
     event.listen(session(), "after_transaction_end", lambda *_: kept.append("heard"))
     raise LookupError("given up")
 

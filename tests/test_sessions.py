@@ -1,7 +1,4 @@
-"""A job's session is as good as new, also where it is not new.
-
-To make one for each job would take a tenth of the time of a short one.
-"""
+"""A job's session is as good as new, also where it is not new."""
 
 from __future__ import annotations
 
@@ -68,12 +65,13 @@ def test_listeners_to_a_session_do_not_outlive_the_job(
     assert executor.submit(jobs.what_was_heard).result(LONGEST) == (found, heard)
 
 
+@pytest.mark.parametrize("trace", [None, "what refuses to be compared"])
 def test_listeners_hear_of_the_end_of_the_transaction(
-    executor: DBPoolExecutor,
+    executor: DBPoolExecutor, trace: str | None
 ) -> None:
-    """Also of one that the worker rolls back, after the job."""
+    """Also of one that the worker rolls back, whatever the job has done to the session."""
     with pytest.raises(LookupError, match="given up"):
-        executor.submit(jobs.listen_to_end_and_raise).result(LONGEST)
+        executor.submit(jobs.listen_to_end_and_raise, trace).result(LONGEST)
     _, heard = executor.submit(jobs.what_was_heard).result(LONGEST)
     assert heard == 1
 
