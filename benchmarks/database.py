@@ -31,7 +31,7 @@ def tables() -> Iterator[None]:
         drop,
         "CREATE TABLE bench_account (id integer PRIMARY KEY, balance integer NOT NULL, "
         "updates integer NOT NULL)",
-        "CREATE TABLE bench_entry (id integer NOT NULL)",
+        "CREATE TABLE bench_entry (id serial PRIMARY KEY, number integer NOT NULL)",
         f"INSERT INTO bench_account SELECT i, 100 + i, 0 FROM generate_series(1, {ROWS}) i",
     )
     try:

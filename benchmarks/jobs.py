@@ -31,7 +31,8 @@ class Entry(Base):
     """A row that is inserted."""
 
     __tablename__ = "bench_entry"
-    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    id: Mapped[int] = mapped_column(primary_key=True)  # the server's choice
+    number: Mapped[int]
 
 
 def make_engine() -> Engine:
@@ -61,7 +62,7 @@ def insert_all(keys: list[int]) -> list[int]:
     """Insert some rows in one transaction."""
     with Session(engine) as session, session.begin():
         for key in keys:
-            session.add(Entry(id=key))
+            session.add(Entry(number=key))
         return keys
 
 

@@ -181,7 +181,7 @@ def _insert(insert: Callable[[], list[int]], size: int) -> float:
     start = time.perf_counter()
     assert insert() == list(range(size))
     seconds = time.perf_counter() - start
-    assert execute("SELECT count(DISTINCT id) FROM bench_entry") == size
+    assert execute("SELECT count(DISTINCT number) FROM bench_entry") == size
     assert execute("SELECT count(*) FROM bench_entry") == size
     return seconds / size * 1e6
 

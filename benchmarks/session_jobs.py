@@ -30,5 +30,5 @@ def update(key: int) -> int:
 
 def insert(key: int) -> int:
     """Insert one row; a chunk of such calls is one transaction, and one flush."""
-    session.add(Entry(id=key))
+    session.add(Entry(number=key))
     return key
