@@ -36,6 +36,7 @@ from .errors import DBPoolError, Outcome, OutcomeUnknownError, WorkerDiedError
 
 _FAILURE_PARTS = 3
 _WAY_SECONDS = 5e-5  # for which a caller gives way
+_LONG_PICKLE = 1 << 20  # bytes, which may be hundreds of thousands of objects
 
 log = logging.getLogger("dbpool_executor")
 
@@ -85,6 +86,8 @@ class Dispatcher:
         # While it sleeps: what callers may do without it.
         self._offers = Offers(self._lock, self._selector, self._wake)
         self._workers = Workers(start_worker, max_workers, max_jobs, self._selector)
+        # Events that are to be handled, in turn: a worker must not always be the first.
+        self._ready: deque[tuple[selectors.SelectorKey, int]] = deque()
         self._told: list[tuple[Job, Message | BaseException]] = []  # to be settled
         self._later: list[tuple[float, int, Job]] = []  # to be repeated; a heap
         self._killed = False  # no job will be sent again
@@ -294,7 +297,8 @@ class Dispatcher:
         self._settle()
         if not self._listening and (nap := workers.seconds_to_nap(len(self._waiting))):
             time.sleep(nap)
-        events = self._selector.select(0.0 if self._told else timeout)
+        if not self._ready:
+            self._ready += self._selector.select(0.0 if self._told else timeout)
         self._is_acting = True
         self._listening = False
         read = self._withdraw()
@@ -304,7 +308,8 @@ class Dispatcher:
             self._spare(workers.wanting(len(self._waiting)))
         if read is not None:
             self._take_in(*read)
-        for key, mask in events:
+        while self._ready:
+            key, mask = self._ready.popleft()
             worker: Worker | None = key.data
             if worker is None:
                 with suppress(BlockingIOError):
@@ -314,6 +319,10 @@ class Dispatcher:
                 workers.watch(worker, sent=worker.body.channel.flush())
             if mask & selectors.EVENT_READ:
                 self._receive(worker)
+            if self._told and _takes_long(self._told[-1][1]):
+                # Settled before another is read: workers that wait until their answer
+                # is read leave this thread a processor.
+                break
         workers.kill_overdue()
 
     def _withdraw(self) -> tuple[Worker, list[Message]] | None:
@@ -504,3 +513,8 @@ class Dispatcher:
         self._selector.close()
         self._bell.close()
         self._ear.close()
+
+
+def _takes_long(told: Message | BaseException) -> bool:
+    """Say whether it will take milliseconds to unpickle an answer."""
+    return isinstance(told, Message) and len(told.parts[0]) > _LONG_PICKLE

@@ -23,6 +23,9 @@ worker while another is idle, before they are taken back."""
 _GROUP_SECONDS = 0.005  # work in one message
 _GROUP_MOST = 500  # jobs, however short
 _GROUPS = 3  # that a worker may have
+_LEAST_SECONDS = (
+    0.0003  # of work in a message, where so much waits; a tenth is its cost
+)
 _UNREAD_BYTES = 1 << 15  # that a channel takes on every system
 _UNREAD_ANSWERS = 200  # of which each takes memory beside its bytes
 _SHORTEST_NAP = 0.0002  # seconds; below it the system's timers cost more than they save
@@ -60,6 +63,7 @@ def jobs_to_send(
 
     A worker that has room for a group is filled up, whether it needs more yet or not:
     so all workers are filled in the same turns of the dispatcher, and those are few.
+    Nor are a few jobs of some microseconds shared among many workers.
 
     Args:
         waiting: Jobs not yet sent to a worker.
@@ -75,7 +79,8 @@ def jobs_to_send(
     room = (_GROUPS * group if are_short else 1) - sent
     if room < group:
         return 0
-    return min(room, -(-waiting // workers))
+    share = max(-(-waiting // workers), int(_LEAST_SECONDS / seconds_per_job))
+    return min(room, share, waiting)
 
 
 def group_size(seconds_per_job: float) -> int:

@@ -187,8 +187,10 @@ def test_job_that_was_taken_back_does_not_begin() -> None:
         (50, 0, 0.00099, 1, 15),  # three groups of five milliseconds of work
         (2000, 0, 19.9e-6, 2, 753),
         (4000, 0, 1e-6, 2, 1500),  # never more than three times five hundred
-        (10, 0, 20e-6, 2, 5),  # shared among the workers
-        (3, 0, 20e-6, 2, 2),
+        (10, 0, 250e-6, 2, 5),  # shared among the workers
+        (3, 0, 250e-6, 2, 2),
+        (40, 0, 20e-6, 64, 14),  # but for work that is not worth a message
+        (3, 0, 20e-6, 2, 3),
         (2000, 251, 19.9e-6, 2, 502),  # filled up
         (2000, 502, 19.9e-6, 2, 251),
         (2000, 503, 19.9e-6, 2, 0),  # if there is room for a group

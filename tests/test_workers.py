@@ -14,7 +14,9 @@ from typing import Any, cast
 
 import pytest
 
+from dbpool_executor import _dispatcher
 from dbpool_executor._channel import Channel, Kind, Message
+from dbpool_executor._dispatcher import Dispatcher
 from dbpool_executor._job import Job, JobFuture
 from dbpool_executor._local import LocalWorker
 from dbpool_executor._phase import RECALL_DELAY, WORDS, PhaseRecord, Progress
@@ -126,3 +128,37 @@ def test_jobs_of_a_busy_worker_come_back_for_an_idle_one(workers: Workers) -> No
     assert look_again(workers, 0) == behind
     workers.send_from(deque(behind))
     assert list(idle.sent) == behind[:6]
+
+
+def test_answers_that_take_long_are_settled_one_by_one_and_in_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A worker that has answered again already comes after the other one."""
+    monkeypatch.setattr(_dispatcher, "_LONG_PICKLE", 1)
+    start: Any = Body
+    dispatcher = Dispatcher(start, lambda: None, 2, None, forks=False)
+    workers, jobs = dispatcher._workers, make_jobs(3)
+    for _ in range(2):
+        workers.start_one()
+    for worker in workers.all.values():
+        workers.note_ready(worker)
+    dispatcher._waiting += jobs
+    dispatcher._act()
+    for worker in workers.all.values():
+        body_of(worker).theirs.send(Message(Kind.RESULT, [b"N."]))
+    dispatcher._wait()
+    (quick,) = workers.idle
+    (other,) = (worker for worker in workers.all.values() if worker is not quick)
+    dispatcher._act()
+    assert list(quick.sent) == jobs[2:]
+    body_of(quick).theirs.send(Message(Kind.RESULT, [b"N."]))
+    dispatcher._wait()
+    assert [job.future.done() for job in jobs].count(True) == 1
+    assert workers.idle == [other]
+    dispatcher._wait()
+    dispatcher._settle()
+    assert all(job.future.result(0) is None for job in jobs)
+    for worker in workers.all.values():
+        worker.body.channel.close()
+        body_of(worker).theirs.close()
+    dispatcher.close()
