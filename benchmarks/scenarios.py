@@ -359,7 +359,7 @@ SCENARIOS = {
     ),
     "trivial-batches": Scenario(batches, 100_000, 400, EXECUTORS),
     "trivial-round-trip": Scenario(partial(round_trip, TRIVIAL), 2_000, 20, EXECUTORS),
-    "read-rate": Scenario(partial(rate, READ), 3_000, 40, ALL, True),
+    "read-rate": Scenario(partial(rate, READ), 10_000, 40, ALL, True),
     "read-round-trip": Scenario(partial(round_trip, READ), 1_000, 20, EXECUTORS, True),
     "update-rate": Scenario(partial(rate, UPDATE), 2_000, 40, ALL, True),
     "insert-chunks": Scenario(inserts, 100_000, 400, (OURS, STANDARD, BARE), True),

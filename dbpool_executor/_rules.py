@@ -160,12 +160,15 @@ def updated_estimate(known: float, sample: float, jobs: int = 1) -> float:
         jobs: How many.
 
     Returns:
-        An eighth of the way to the sample for each job. All of it if that is more than
-        twice as much, since to send jobs behind a long one is a mistake.
+        An eighth of the way to the sample, for each job if it is less. If it is more,
+        once: jobs that something has disturbed would leave workers without any, which
+        were sent too few and would be looked at too late. But all of it if it is more
+        than twice as much, since to send jobs behind a long one is a mistake.
     """
     if sample > 2 * known or math.isinf(known):
         return sample
-    return sample + (known - sample) * 0.875**jobs
+    steps = 1 if sample > known else jobs
+    return sample + (known - sample) * 0.875**steps
 
 
 def delay_after_failed_start(failures: int, ready: int) -> float | None:
