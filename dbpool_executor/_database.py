@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import Engine, event
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.util import ScopedRegistry
 
@@ -29,6 +27,7 @@ from ._leaving import leave
 from ._options import DEFAULTS, JobOptions
 from ._phase import Phase, PhaseRecord
 from ._places import asyncio_classes, full_name
+from ._sessions import Sessions
 from .errors import (
     DBPoolError,
     JobExitedError,
@@ -62,7 +61,7 @@ def _running_database(name: str) -> Database:
 
 
 def _open_session() -> Session:
-    return _running_database("session").open_session()
+    return _running_database("session").sessions.open()
 
 
 class _JobRegistry(ScopedRegistry[Session]):
@@ -78,7 +77,7 @@ class _JobRegistry(ScopedRegistry[Session]):
         if database is None:
             raise OutsideJobError("session")
         if database.session is None:
-            database.session = database.open_session()
+            database.session = database.sessions.open()
         return database.session
 
     def has(self) -> bool:
@@ -129,6 +128,7 @@ class Database:
     Attributes:
         engine: The worker's engine.
         alarm: The time limit of the running job.
+        sessions: Where jobs have theirs from.
         session: Of the running job; None if it has none.
         was_interrupted: Whether a job was, since garbage was collected last.
 
@@ -159,25 +159,18 @@ class Database:
             )
         refuse_inherited(engine)
         self.engine = engine
-        self._sessions = sessionmaker(**{"bind": engine, **session_options})
+        self.sessions = Sessions(engine, session_options)
         self.session: Session | None = None
-        self._unused: Session | None = None  # as good as new, for the next job
-        self._as_made: dict[str, object] = {}  # what the last one was made of
-        # Of a class of the user's nobody knows what else its sessions hold.
-        is_plain = self._sessions.class_.__bases__ == (Session,)
-        self._may_keep = is_plain and hasattr(sys, "getrefcount")
         self._record = record
         self.alarm = Alarm(self.cancel_statements)
         self._commits = CommitWatch(
             engine, record, self.alarm, is_shared=self._is_shared
         )
-        event.listen(self._sessions, "after_commit", self._commits.after_commit)
+        event.listen(self.sessions.maker, "after_commit", self._commits.after_commit)
         event.listen(engine, "connect", _drivers.note_thread_id)
-        if engine.dialect.name == "sqlite":
-            event.listen(engine, "checkin", _make_writable)
         self._pid = os.getpid()
-        self._job_engine = engine  # with the options of the running job
-        self._adopt(DEFAULTS)
+        self._options = DEFAULTS  # of the running job, or the last one
+        self._job_engine = engine  # with those
         self._was_lent = False  # to the running job, by current_engine()
         self.was_interrupted = False  # since garbage was collected
 
@@ -233,7 +226,10 @@ class Database:
         finally:
             self._commits.is_ending = True
             if self.session is not None:
-                self._end_session(self.session)
+                try:
+                    self.sessions.end(self.session)
+                finally:
+                    self.session = None  # also one that a listener has opened
             if self._was_lent:
                 self._was_lent = False
                 self._take_back(getattr(fn, "__qualname__", repr(fn)))
@@ -265,19 +261,6 @@ class Database:
 
     # -- For the job ------------------------------------------------------------
 
-    def open_session(self) -> Session:
-        """Make the job's session, or give it one that is as good as new."""
-        opened, self._unused = self._unused, None
-        if opened is None:
-            opened = self._new_session()
-            self._as_made = {
-                name: value.copy() if type(value) is dict else value
-                for name, value in vars(opened).items()
-            }
-        if self._options.read_only and self.engine.dialect.name != "postgresql":
-            event.listen(opened, "after_begin", _make_read_only)
-        return opened
-
     def lend_engine(self) -> Engine:
         """Give the engine to the job, and note that it may take connections."""
         self._was_lent = True
@@ -286,18 +269,14 @@ class Database:
     # -- One job ------------------------------------------------------------------
 
     def _adopt(self, options: JobOptions) -> None:
-        engine, sessions = self.engine, self._sessions
+        engine = self.engine
         if options.isolation_level is not None:
             engine = engine.execution_options(isolation_level=options.isolation_level)
         if options.read_only and engine.dialect.name == "postgresql":
             engine = engine.execution_options(postgresql_readonly=True)
         self._options = options
         self._job_engine = engine
-        # Not sessions(), which joins its keywords anew for each session.
-        new_session: Any = sessions.class_
-        bind = {} if engine is self.engine else {"bind": engine}
-        self._new_session = partial(new_session, **(sessions.kw | bind))
-        self._unused = None
+        self.sessions.adopt(engine, read_only=options.read_only)
 
     def _run(
         self,
@@ -364,34 +343,6 @@ class Database:
             error.outcome = Outcome.UNKNOWN
         return error
 
-    def _end_session(self, current: Session) -> None:
-        try:
-            if self._is_as_made(current):
-                # To close it and to make another takes 3 to 4 % of the time of a one-row
-                # read (benchmarks/README.md).
-                del vars(current)["dispatch"]  # it will have one without the job's
-                self._unused = current
-            else:
-                current.close()
-        except Exception:
-            # The job's fate is decided by now.
-            log.warning("the session of a job did not close", exc_info=True)
-        finally:
-            self.session = None  # also one that a listener has opened meanwhile
-
-    def _is_as_made(self, current: Session) -> bool:
-        """Say whether nobody else holds a session, or could tell it from a new one."""
-        try:
-            listened_to = {"dispatch": current.dispatch}  # by whomever
-            return (
-                self._may_keep
-                and vars(current) == self._as_made | listened_to
-                and not current.identity_map
-                and sys.getrefcount(current) <= _OWN_REFERENCES
-            )
-        except Exception:  # what the job has put there refuses to be compared
-            return False
-
     def _take_back(self, name: str) -> None:
         """Close the connections that a job took and did not give back."""
         for entry in self._entries_in_use():
@@ -408,9 +359,6 @@ class Database:
         return [e for e in live_entries() if e.in_use and pool_of(e) is pool]
 
 
-_OWN_REFERENCES = 4  # to a session that ends: Database's three, and getrefcount()'s
-
-
 def _end_copy(fn: Callable[..., object]) -> None:
     # The job has forked. Only one of the two may commit and answer.
     log.warning(
@@ -419,20 +367,3 @@ def _end_copy(fn: Callable[..., object]) -> None:
         getattr(fn, "__qualname__", fn),
     )
     leave()
-
-
-def _make_read_only(_session: Session, _transaction: object, on: Connection) -> None:
-    if on.dialect.name == "sqlite":
-        on.exec_driver_sql("PRAGMA query_only = 1")
-        # It belongs to the connection, and so would reach the next job.
-        on.info[_READ_ONLY] = True
-    else:
-        on.exec_driver_sql("SET TRANSACTION READ ONLY")
-
-
-def _make_writable(connection: Any, entry: ConnectionPoolEntry) -> None:
-    if entry.info.pop(_READ_ONLY, False) and connection is not None:
-        connection.execute("PRAGMA query_only = 0")
-
-
-_READ_ONLY = "dbpool_executor.read_only"

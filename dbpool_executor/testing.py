@@ -241,7 +241,7 @@ class _InlineDatabase(Database):
         super().__init__(partial(_view_of, engine_factory), session_options, record)
         self._is_joined = isinstance(session_options.get("bind"), Connection)
         if self._is_joined:
-            event.listen(self._sessions, "before_commit", self._before_commit)
+            event.listen(self.sessions.maker, "before_commit", self._before_commit)
 
     def close_idle(self) -> None:
         """Close the connections that nobody uses.

@@ -41,10 +41,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_drivers": {"_inheritance"},
     "_notes": {"_inheritance"},
     "_resolution": {"errors"},
+    "_sessions": set(),
     "_commits": {"_alarm", "_drivers", "_inheritance", "_phase", "errors"},
     "_database": {
         "_alarm", "_boundary", "_commits", "_drivers", "_inheritance", "_leaving",
-        "_options", "_phase", "_places", "_resolution", "errors",
+        "_options", "_phase", "_places", "_resolution", "_sessions", "errors",
     },
     "_worker": {
         "_boundary", "_channel", "_database", "_exceptions", "_inheritance", "_leaving",
