@@ -51,9 +51,7 @@ def workers_to_start(
     return max(0, min(waiting - idle - starting, max_workers - alive))
 
 
-def jobs_to_send(
-    *, waiting: int, sent: int, seconds_per_job: float, workers: int
-) -> int:
+def jobs_to_send(*, waiting: int, sent: int, seconds_per_job: float, share: int) -> int:
     """Say how many jobs to send to a worker now.
 
     Short ones go in groups, which is what makes them cheap, and the next groups before
@@ -67,7 +65,7 @@ def jobs_to_send(
         waiting: Jobs not yet sent to a worker.
         sent: Jobs that this worker has and has not answered.
         seconds_per_job: How long recent jobs took; infinite while none is known.
-        workers: Workers among which those that wait are shared.
+        share: Jobs that each worker had if all that are not answered were shared.
 
     Returns:
         A number >= 0.
@@ -77,8 +75,8 @@ def jobs_to_send(
     room = (_GROUPS * group if are_short else 1) - sent
     if room < group:
         return 0
-    share = max(-(-waiting // workers), int(_LEAST_SECONDS / seconds_per_job))
-    return min(room, share, waiting)
+    share = max(share, int(_LEAST_SECONDS / seconds_per_job))
+    return max(0, min(room, share - sent, waiting))
 
 
 def group_size(seconds_per_job: float) -> int:

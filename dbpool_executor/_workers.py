@@ -234,13 +234,15 @@ class Workers:
 
     def send_from(self, waiting: deque[Job]) -> None:
         """Send waiting jobs to the workers that may have some."""
+        unanswered = len(waiting) + sum(len(w.sent) for w in self.all.values())
+        share = -(-unanswered // max(1, self._alive - self._starting))
         while waiting and (self.idle or self._short):
             worker = self.idle[-1] if self.idle else next(iter(self._short))
             count = _rules.jobs_to_send(
                 waiting=len(waiting),
                 sent=len(worker.sent),
                 seconds_per_job=self._seconds_per_job,
-                workers=max(1, self._alive - self._starting),
+                share=share,
             )
             if self._max_jobs is not None:
                 left = self._max_jobs - worker.answered - len(worker.sent)

@@ -174,49 +174,48 @@ def test_job_that_was_taken_back_does_not_begin() -> None:
 
 
 @pytest.mark.parametrize(
-    ("waiting", "sent", "seconds_per_job", "workers", "count"),
+    ("waiting", "sent", "seconds_per_job", "share", "count"),
     [
         (1, 0, math.inf, 1, 1),  # nothing is known: one
-        (50, 0, math.inf, 2, 1),
-        (50, 1, math.inf, 2, 0),  # and no other before it is answered
-        (50, 0, 1.0, 2, 1),  # long ones go alone
-        (50, 1, 1.0, 2, 0),
-        (50, 0, 0.0051, 2, 1),
-        (50, 0, 0.003, 2, 3),  # as many as five milliseconds are three times
-        (50, 2, 0.003, 2, 1),
-        (50, 0, 0.00099, 1, 15),  # three groups of five milliseconds of work
-        (2000, 0, 19.9e-6, 2, 753),
-        (4000, 0, 1e-6, 2, 1500),  # never more than three times five hundred
-        (10, 0, 250e-6, 2, 5),  # shared among the workers
-        (3, 0, 250e-6, 2, 2),
-        (40, 0, 20e-6, 64, 14),  # but for work that is not worth a message
+        (50, 0, math.inf, 25, 1),
+        (50, 1, math.inf, 26, 0),  # and no other before it is answered
+        (50, 0, 1.0, 25, 1),  # long ones go alone
+        (50, 1, 1.0, 26, 0),
+        (50, 0, 0.0051, 25, 1),
+        (50, 0, 0.003, 25, 3),  # as many as five milliseconds are three times
+        (50, 2, 0.003, 25, 1),
+        (50, 0, 0.00099, 50, 15),  # three groups of five milliseconds of work
+        (2000, 0, 19.9e-6, 1000, 753),
+        (4000, 0, 1e-6, 2000, 1500),  # never more than three times five hundred
+        (10, 0, 250e-6, 5, 5),  # shared among the workers
+        (10, 4, 250e-6, 9, 5),  # with what they have
+        (3, 12, 250e-6, 10, 0),
+        (40, 0, 20e-6, 1, 14),  # but for work that is not worth a message
         (3, 0, 20e-6, 2, 3),
-        (2000, 251, 19.9e-6, 2, 502),  # filled up
-        (2000, 502, 19.9e-6, 2, 251),
-        (2000, 503, 19.9e-6, 2, 0),  # if there is room for a group
-        (0, 0, 20e-6, 2, 0),
+        (2000, 251, 19.9e-6, 1200, 502),  # filled up
+        (2000, 502, 19.9e-6, 1200, 251),
+        (2000, 503, 19.9e-6, 1200, 0),  # if there is room for a group
+        (0, 0, 20e-6, 0, 0),
     ],
 )
 def test_number_of_jobs_to_send(
-    waiting: int, sent: int, seconds_per_job: float, workers: int, count: int
+    waiting: int, sent: int, seconds_per_job: float, share: int, count: int
 ) -> None:
     """Each row is one situation and the number of jobs that it calls for."""
     assert count == jobs_to_send(
-        waiting=waiting,
-        sent=sent,
-        seconds_per_job=seconds_per_job,
-        workers=workers,
+        waiting=waiting, sent=sent, seconds_per_job=seconds_per_job, share=share
     )
 
 
 def test_idle_worker_always_gets_a_job_and_none_gets_too_much() -> None:
     """In every situation: progress, a bounded group, and no more than there are."""
     times = (1e-6, 2e-5, 1e-4, 9e-4, 1e-3, 2e-3, 3e-3, 5e-3, 0.1, 60.0, math.inf)
-    for waiting, sent, seconds, workers in product(
-        range(0, 260, 13), range(0, 120, 7), times, range(1, 5)
+    for waiting, sent, seconds, others in product(
+        range(0, 260, 13), range(0, 120, 7), times, range(0, 240, 60)
     ):
+        share = -(-(waiting + sent + others) // 2)
         count = jobs_to_send(
-            waiting=waiting, sent=sent, seconds_per_job=seconds, workers=workers
+            waiting=waiting, sent=sent, seconds_per_job=seconds, share=share
         )
         assert 0 <= count <= waiting
         assert sent or not waiting or count >= 1

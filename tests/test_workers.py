@@ -127,7 +127,19 @@ def test_jobs_of_a_busy_worker_come_back_for_an_idle_one(workers: Workers) -> No
         pass
     assert look_again(workers, 0) == behind
     workers.send_from(deque(behind))
-    assert list(idle.sent) == behind[:6]
+    assert list(idle.sent) == behind[:8]
+
+
+def test_last_jobs_go_where_fewest_are(workers: Workers) -> None:
+    """Else one worker would be at them when the others are done."""
+    workers.send_from(deque(make_jobs(30)))
+    ahead, behind = workers.all.values()
+    answer(workers, ahead, 10)
+    answer(workers, behind, 3)
+    waiting = deque(make_jobs(6))
+    workers.send_from(waiting)
+    assert not waiting
+    assert [len(ahead.sent), len(behind.sent)] == [11, 12]
 
 
 def test_answers_that_take_long_are_settled_one_by_one_and_in_turn(
