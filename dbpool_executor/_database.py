@@ -128,7 +128,7 @@ class Database:
     Attributes:
         engine: The worker's engine.
         alarm: The time limit of the running job.
-        sessions: Where jobs have theirs from.
+        sessions: Gives each job its session.
         session: Of the running job; None if it has none.
         was_interrupted: Whether a job was, since garbage was collected last.
 
@@ -170,7 +170,7 @@ class Database:
         event.listen(engine, "connect", _drivers.note_thread_id)
         self._pid = os.getpid()
         self._options = DEFAULTS  # of the running job, or the last one
-        self._job_engine = engine  # with those
+        self._job_engine = engine  # with its options
         self._was_lent = False  # to the running job, by current_engine()
         self.was_interrupted = False  # since garbage was collected
 
@@ -269,14 +269,15 @@ class Database:
     # -- One job ------------------------------------------------------------------
 
     def _adopt(self, options: JobOptions) -> None:
-        engine = self.engine
+        engine, read_only = self.engine, options.read_only
         if options.isolation_level is not None:
             engine = engine.execution_options(isolation_level=options.isolation_level)
-        if options.read_only and engine.dialect.name == "postgresql":
+        if read_only and engine.dialect.name == "postgresql":
             engine = engine.execution_options(postgresql_readonly=True)
+            read_only = False  # it is said by the engine
         self._options = options
         self._job_engine = engine
-        self.sessions.adopt(engine, read_only=options.read_only)
+        self.sessions.adopt(engine, read_only=read_only)
 
     def _run(
         self,

@@ -86,8 +86,7 @@ class Dispatcher:
         # While it sleeps: what callers may do without it.
         self._offers = Offers(self._lock, self._selector, self._wake)
         self._workers = Workers(start_worker, max_workers, max_jobs, self._selector)
-        # Events that are to be handled, in turn: a worker must not always be the first.
-        self._ready: deque[tuple[selectors.SelectorKey, int]] = deque()
+        self._postponed: set[Worker] = set()  # whose answers another's made wait
         self._told: list[tuple[Job, Message | BaseException]] = []  # to be settled
         self._later: list[tuple[float, int, Job]] = []  # to be repeated; a heap
         self._killed = False  # no job will be sent again
@@ -297,8 +296,11 @@ class Dispatcher:
         self._settle()
         if not self._listening and (nap := workers.seconds_to_nap(len(self._waiting))):
             time.sleep(nap)
-        if not self._ready:
-            self._ready += self._selector.select(0.0 if self._told else timeout)
+        events = self._selector.select(0.0 if self._told else timeout)
+        if self._postponed:
+            # Else the worker that answers fastest would always be the first.
+            events.sort(key=lambda event: event[0].data not in self._postponed)
+            self._postponed.clear()
         self._is_acting = True
         self._listening = False
         read = self._withdraw()
@@ -308,22 +310,26 @@ class Dispatcher:
             self._spare(workers.wanting(len(self._waiting)))
         if read is not None:
             self._take_in(*read)
-        while self._ready:
-            key, mask = self._ready.popleft()
+        is_long_told = False
+        for key, mask in events:
             worker: Worker | None = key.data
             if worker is None:
                 with suppress(BlockingIOError):
                     self._ear.recv(4096)
                 continue
+            if is_long_told and not worker.body.channel.is_between_messages:
+                # That is settled before the rest of another long one is read: a worker
+                # that waits for it leaves this thread a processor.
+                self._postponed.add(worker)
+                continue
             if mask & selectors.EVENT_WRITE:
                 workers.watch(worker, sent=worker.body.channel.flush())
             if mask & selectors.EVENT_READ:
                 self._receive(worker)
-            if self._told and _takes_long(self._told[-1][1]):
-                # Settled before another is read: workers that wait until their answer
-                # is read leave this thread a processor.
-                break
-        workers.kill_overdue()
+                if self._told and _may_take_long(self._told[-1][1]):
+                    is_long_told = True
+        if not self._postponed:  # who may have answered in time
+            workers.kill_overdue()
 
     def _withdraw(self) -> tuple[Worker, list[Message]] | None:
         """Take back what was offered.
@@ -515,6 +521,6 @@ class Dispatcher:
         self._ear.close()
 
 
-def _takes_long(told: Message | BaseException) -> bool:
-    """Say whether it will take milliseconds to unpickle an answer."""
+def _may_take_long(told: Message | BaseException) -> bool:
+    """Say whether it may take milliseconds to unpickle an answer."""
     return isinstance(told, Message) and len(told.parts[0]) > _LONG_PICKLE

@@ -23,7 +23,9 @@ worker while another is idle, before they are taken back."""
 _GROUP_SECONDS = 0.005  # work in one message
 _GROUP_MOST = 500  # jobs, however short
 _GROUPS = 3  # that a worker may have
-_LEAST_SECONDS = 0.0003  # work in a message, if so much waits; a tenth is its cost
+_LEAST_SECONDS = (
+    0.0003  # work in a message, if so much waits; to send one costs a tenth
+)
 _UNREAD_BYTES = 1 << 15  # that a channel takes on every system
 _UNREAD_ANSWERS = 200  # of which each takes memory beside its bytes
 _SHORTEST_NAP = 0.0002  # seconds; below it the system's timers cost more than they save
@@ -59,13 +61,14 @@ def jobs_to_send(*, waiting: int, sent: int, seconds_per_job: float, share: int)
 
     A worker that has room for a group is filled up, whether it needs more yet or not:
     so all workers are filled in the same turns of the dispatcher, and those are few.
-    Nor are a few jobs of some microseconds shared among many workers.
+    The last jobs are shared with what each has, for all to be done at the same time; but
+    a few of some microseconds go to one.
 
     Args:
         waiting: Jobs not yet sent to a worker.
         sent: Jobs that this worker has and has not answered.
         seconds_per_job: How long recent jobs took; infinite while none is known.
-        share: Jobs that each worker had if all that are not answered were shared.
+        share: Jobs for each worker, if all that are not answered were shared evenly.
 
     Returns:
         A number >= 0.
@@ -75,8 +78,10 @@ def jobs_to_send(*, waiting: int, sent: int, seconds_per_job: float, share: int)
     room = (_GROUPS * group if are_short else 1) - sent
     if room < group:
         return 0
-    share = max(share, int(_LEAST_SECONDS / seconds_per_job))
-    return max(0, min(room, share - sent, waiting))
+    if share <= sent:
+        return 0
+    least = int(_LEAST_SECONDS / seconds_per_job)
+    return min(room, max(share - sent, least), waiting)
 
 
 def group_size(seconds_per_job: float) -> int:
@@ -150,7 +155,9 @@ def delay_before_repeat(attempts: int, random: float) -> float:
 
 
 def updated_estimate(known: float, sample: float, jobs: int = 1) -> float:
-    """Update the estimate of how long a job takes, or its answer is: a moving average.
+    """Update the estimate of how long a job takes, or its answer is.
+
+    A moving average that leans to the low side.
 
     Args:
         known: The estimate so far; infinite if there is none.
@@ -158,10 +165,10 @@ def updated_estimate(known: float, sample: float, jobs: int = 1) -> float:
         jobs: How many.
 
     Returns:
-        An eighth of the way to the sample, for each job if it is less. If it is more,
-        once: jobs that something has disturbed would leave workers without any, which
-        were sent too few and would be looked at too late. But all of it if it is more
-        than twice as much, since to send jobs behind a long one is a mistake.
+        An eighth of the way to the sample for each job if it is less. If it is more, an
+        eighth, however many they are: what takes a processor for a moment would make
+        groups small, and workers run out of jobs before they are looked at. All of it
+        if it is more than twice as much: to send jobs behind a long one is a mistake.
     """
     if sample > 2 * known or math.isinf(known):
         return sample

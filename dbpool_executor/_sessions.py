@@ -9,10 +9,12 @@ import logging
 import sys
 from collections.abc import Mapping
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.pool import ConnectionPoolEntry
 
 log = logging.getLogger("dbpool_executor")
 
@@ -33,26 +35,25 @@ class Sessions:
         self._engine = engine
         self._unused: Session | None = None  # as good as new, for the next job
         self._as_made: dict[str, object] = {}  # what the last one was made of
-        # Of a class of the user's nobody knows what else its sessions hold.
+        # Of a class of the user's nobody knows what else its sessions hold: none is kept.
         is_plain = self.maker.class_.__bases__ == (Session,)
-        self._may_keep = is_plain and hasattr(sys, "getrefcount")
+        self._own_references = _own_references() if is_plain else 0
         if engine.dialect.name == "sqlite":
             event.listen(engine, "checkin", _make_writable)
         self.adopt(engine, read_only=False)
 
     def adopt(self, engine: Engine, *, read_only: bool) -> None:
-        """Bind those to come to an engine.
+        """Have the sessions that are opened from now on use an engine.
 
         Args:
             engine: The worker's, or a view of it.
-            read_only: Whether they must not write, where that is said for each
-                transaction and not by the view.
+            read_only: Whether to begin each of their transactions as a read-only one.
         """
         # Not maker(), which joins its keywords anew for each session.
         new: Any = self.maker.class_
         bind = {} if engine is self._engine else {"bind": engine}
         self._new = partial(new, **(self.maker.kw | bind))
-        self._listens = read_only and engine.dialect.name != "postgresql"
+        self._makes_read_only = read_only
         self._unused = None
 
     def open(self) -> Session:
@@ -64,7 +65,7 @@ class Sessions:
                 name: value.copy() if type(value) is dict else value
                 for name, value in vars(opened).items()
             }
-        if self._listens:
+        if self._makes_read_only:
             event.listen(opened, "after_begin", _make_read_only)
         return opened
 
@@ -72,10 +73,11 @@ class Sessions:
         """Close a session, or keep it for the next job.
 
         Args:
-            session: An attribute of the caller's, which nothing else of his refers to.
+            session: What one attribute of the caller's refers to, and no variable.
         """
         try:
-            if self._is_as_made(session):
+            own = self._own_references  # of this very line
+            if own and sys.getrefcount(session) <= own and self._is_as_made(session):
                 # To close it and to make another takes 3 to 4 % of the time of a one-row
                 # read (benchmarks/README.md).
                 del vars(session)["dispatch"]  # it will have one without the job's
@@ -87,21 +89,32 @@ class Sessions:
             log.warning("the session of a job did not close", exc_info=True)
 
     def _is_as_made(self, session: Session) -> bool:
-        """Say whether nobody else holds a session, or could tell it from a new one."""
+        """Say whether nobody could tell a session from a new one."""
         try:
             listened_to = {"dispatch": session.dispatch}  # by whomever
             return (
-                self._may_keep
-                and vars(session) == self._as_made | listened_to
+                vars(session) == self._as_made | listened_to
                 and not session.identity_map
-                and sys.getrefcount(session) <= _OWN_REFERENCES
             )
         except Exception:  # what the job has put there refuses to be compared
             return False
 
 
-# To a session that ends: Database's, that of the two methods here, and getrefcount()'s.
-_OWN_REFERENCES = 4
+def _own_references() -> int:
+    """Count the references to a session that nobody but the worker has, as end() does.
+
+    Not a constant: from CPython 3.14 on not every reference is counted ("What's New in
+    Python 3.14", sys.getrefcount()). 0 where none is.
+    """
+    if not hasattr(sys, "getrefcount"):
+        return 0
+
+    def end(session: object) -> int:
+        return sys.getrefcount(session)
+
+    holder = SimpleNamespace(session=object())
+    return end(holder.session)
+
 
 _READ_ONLY = "dbpool_executor.read_only"
 
@@ -115,6 +128,6 @@ def _make_read_only(_session: Session, _transaction: object, on: Connection) -> 
         on.exec_driver_sql("SET TRANSACTION READ ONLY")
 
 
-def _make_writable(connection: Any, entry: Any) -> None:
+def _make_writable(connection: Any, entry: ConnectionPoolEntry) -> None:
     if entry.info.pop(_READ_ONLY, False) and connection is not None:
         connection.execute("PRAGMA query_only = 0")

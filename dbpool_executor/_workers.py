@@ -234,8 +234,9 @@ class Workers:
 
     def send_from(self, waiting: deque[Job]) -> None:
         """Send waiting jobs to the workers that may have some."""
-        unanswered = len(waiting) + sum(len(w.sent) for w in self.all.values())
-        share = -(-unanswered // max(1, self._alive - self._starting))
+        ready = [w for w in self.all.values() if w.state is State.READY]
+        unanswered = len(waiting) + sum(len(worker.sent) for worker in ready)
+        share = -(-unanswered // max(1, len(ready)))
         while waiting and (self.idle or self._short):
             worker = self.idle[-1] if self.idle else next(iter(self._short))
             count = _rules.jobs_to_send(

@@ -191,6 +191,8 @@ def test_job_that_was_taken_back_does_not_begin() -> None:
         (10, 4, 250e-6, 9, 5),  # with what they have
         (3, 12, 250e-6, 10, 0),
         (40, 0, 20e-6, 1, 14),  # but for work that is not worth a message
+        (40, 10, 20e-6, 11, 14),
+        (40, 10, 20e-6, 10, 0),
         (3, 0, 20e-6, 2, 3),
         (2000, 251, 19.9e-6, 1200, 502),  # filled up
         (2000, 502, 19.9e-6, 1200, 251),
@@ -286,7 +288,7 @@ def test_jobs_that_are_taken_back(
     )
 
 
-def test_estimate_goes_up_at_once_and_down_slowly() -> None:
+def test_sample_of_more_than_twice_is_believed_at_once() -> None:
     """One long job stops the sending ahead; it takes many short ones to resume it."""
     assert updated_estimate(math.inf, 0.5) == 0.5
     assert updated_estimate(1e-5, 3.0) == 3.0
@@ -299,7 +301,7 @@ def test_estimate_goes_up_at_once_and_down_slowly() -> None:
 
 
 def test_estimate_is_a_low_average_of_what_differs_little() -> None:
-    """Not what was longest of late: workers would have too little, and be forgotten."""
+    """Not what was longest of late: workers would run out before they are looked at."""
     assert updated_estimate(1e-3, 2.0001e-3) == 2.0001e-3
     assert updated_estimate(1e-3, 1.8e-3) == pytest.approx(1.1e-3)
     assert updated_estimate(1e-3, 1.8e-3, 100) == pytest.approx(1.1e-3)

@@ -15,6 +15,7 @@ from typing import Any, cast
 import pytest
 
 from dbpool_executor import _dispatcher
+from dbpool_executor._boundary import dumps_result
 from dbpool_executor._channel import Channel, Kind, Message
 from dbpool_executor._dispatcher import Dispatcher
 from dbpool_executor._job import Job, JobFuture
@@ -136,41 +137,71 @@ def test_last_jobs_go_where_fewest_are(workers: Workers) -> None:
     ahead, behind = workers.all.values()
     answer(workers, ahead, 10)
     answer(workers, behind, 3)
-    waiting = deque(make_jobs(6))
+    waiting = deque(make_jobs(9))
     workers.send_from(waiting)
-    assert not waiting
-    assert [len(ahead.sent), len(behind.sent)] == [11, 12]
+    assert [len(ahead.sent), len(behind.sent), len(waiting)] == [13, 12, 1]
 
 
-def test_answers_that_take_long_are_settled_one_by_one_and_in_turn(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A worker that has answered again already comes after the other one."""
-    monkeypatch.setattr(_dispatcher, "_LONG_PICKLE", 1)
+def test_worker_that_leaves_has_no_share(workers: Workers) -> None:
+    """What it still has is no reason for another to have more than the third."""
+    workers._most = 3
+    workers.start_one()
+    leaving, *others = workers.all.values()
+    workers.note_ready(others[-1])
+    leaving.sent += make_jobs(12)
+    workers._tell_to_leave(leaving)
+    workers.send_from(deque(make_jobs(10)))
+    assert [len(worker.sent) for worker in others] == [5, 5]
+
+
+@pytest.fixture
+def dispatcher() -> Iterator[Dispatcher]:
+    """Without its thread; three workers that are idle."""
     start: Any = Body
-    dispatcher = Dispatcher(start, lambda: None, 2, None, forks=False)
-    workers, jobs = dispatcher._workers, make_jobs(3)
-    for _ in range(2):
+    dispatcher = Dispatcher(start, lambda: None, 3, None, forks=False)
+    workers = dispatcher._workers
+    for _ in range(3):
         workers.start_one()
     for worker in workers.all.values():
         workers.note_ready(worker)
-    dispatcher._waiting += jobs
-    dispatcher._act()
-    for worker in workers.all.values():
-        body_of(worker).theirs.send(Message(Kind.RESULT, [b"N."]))
-    dispatcher._wait()
-    (quick,) = workers.idle
-    (other,) = (worker for worker in workers.all.values() if worker is not quick)
-    dispatcher._act()
-    assert list(quick.sent) == jobs[2:]
-    body_of(quick).theirs.send(Message(Kind.RESULT, [b"N."]))
-    dispatcher._wait()
-    assert [job.future.done() for job in jobs].count(True) == 1
-    assert workers.idle == [other]
-    dispatcher._wait()
-    dispatcher._settle()
-    assert all(job.future.result(0) is None for job in jobs)
+    yield dispatcher
     for worker in workers.all.values():
         worker.body.channel.close()
         body_of(worker).theirs.close()
     dispatcher.close()
+
+
+def test_long_answers_are_settled_one_by_one_and_in_turn(
+    dispatcher: Dispatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who has answered again comes after who waits; that one is not killed for it."""
+    monkeypatch.setattr(_dispatcher, "_LONG_PICKLE", 1 << 16)
+    jobs, workers = make_jobs(6), dispatcher._workers
+    dispatcher._waiting += jobs
+    for _ in range(4):
+        idle = list(workers.idle)
+        dispatcher._act()
+        for worker in idle:  # it reads a part of what comes, and then the rest
+            body_of(worker).theirs.send(
+                Message(Kind.RESULT, dumps_result(bytes(100_000)))
+            )
+        dispatcher._wait()
+        for worker in workers.all.values():
+            if set(worker.sent) & set(jobs[:3]):
+                workers._kill_at[worker] = 0.0
+    dispatcher._settle()
+    assert all(job.future.result(0) == bytes(100_000) for job in jobs[:3])
+    assert not any(job.future.done() for job in jobs[3:])
+
+
+def test_short_answer_does_not_wait_for_a_long_one(
+    dispatcher: Dispatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its worker could be idle while the other's is unpickled."""
+    monkeypatch.setattr(_dispatcher, "_LONG_PICKLE", 1)
+    dispatcher._waiting += make_jobs(3)
+    dispatcher._act()
+    for worker in dispatcher._workers.all.values():
+        body_of(worker).theirs.send(Message(Kind.RESULT, [b"N."]))
+    dispatcher._wait()
+    assert len(dispatcher._told) == 3
