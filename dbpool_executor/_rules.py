@@ -23,9 +23,7 @@ worker while another is idle, before they are taken back."""
 _GROUP_SECONDS = 0.005  # work in one message
 _GROUP_MOST = 500  # jobs, however short
 _GROUPS = 3  # that a worker may have
-_LEAST_SECONDS = (
-    0.0003  # work in a message, if so much waits; to send one costs a tenth
-)
+_LEAST_SECONDS = 0.0003  # work in a message, if so much waits; a tenth is its cost
 _UNREAD_BYTES = 1 << 15  # that a channel takes on every system
 _UNREAD_ANSWERS = 200  # of which each takes memory beside its bytes
 _SHORTEST_NAP = 0.0002  # seconds; below it the system's timers cost more than they save
