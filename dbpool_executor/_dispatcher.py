@@ -328,8 +328,7 @@ class Dispatcher:
                 self._receive(worker)
                 if self._told and _may_take_long(self._told[-1][1]):
                     is_long_told = True
-        if not self._postponed:  # who may have answered in time
-            workers.kill_overdue()
+        workers.kill_overdue(self._postponed)
 
     def _withdraw(self) -> tuple[Worker, list[Message]] | None:
         """Take back what was offered.

@@ -74,9 +74,7 @@ def jobs_to_send(*, waiting: int, sent: int, seconds_per_job: float, share: int)
     group = group_size(seconds_per_job)
     are_short = seconds_per_job <= _GROUP_SECONDS
     room = (_GROUPS * group if are_short else 1) - sent
-    if room < group:
-        return 0
-    if share <= sent:
+    if room < group or share <= sent:
         return 0
     least = int(_LEAST_SECONDS / seconds_per_job)
     return min(room, max(share - sent, least), waiting)

@@ -11,7 +11,7 @@ import math
 import selectors
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -399,12 +399,17 @@ class Workers:
             self._kill_at[worker] = time.monotonic() + LEAVE_GRACE
         self.watch(worker, sent=worker.body.channel.end_sending())
 
-    def kill_overdue(self) -> None:
-        """Kill the workers that were given time to leave, or for a job, and are over."""
+    def kill_overdue(self, spared: Collection[Worker]) -> None:
+        """Kill the workers that were given time to leave, or for a job, and are over.
+
+        Args:
+            spared: Not these, which may have answered in time.
+        """
         if not self._kill_at:
             return
         now = time.monotonic()
-        for worker in [w for w, deadline in self._kill_at.items() if deadline <= now]:
+        over = {w for w, deadline in self._kill_at.items() if deadline <= now}
+        for worker in over.difference(spared):
             worker.is_overdue = bool(worker.sent)
             what = "end its job in time" if worker.is_overdue else "leave"
             log.warning("worker %s did not %s, it is killed", worker.body.pid, what)

@@ -38,10 +38,15 @@ class Body:
         theirs.setblocking(False)
         self.channel, self.theirs = Channel(mine), Channel(theirs)
         self.record = PhaseRecord([0] * WORDS)
+        self.is_killed = False
 
     def recall(self, number: int) -> None:
         """Do as a worker on this machine."""
         self.record.recall(number)
+
+    def kill(self) -> None:
+        """Note that it was killed."""
+        self.is_killed = True
 
     def progress(self) -> Progress:
         """Do as a worker on this machine."""
@@ -192,6 +197,24 @@ def test_long_answers_are_settled_one_by_one_and_in_turn(
     dispatcher._settle()
     assert all(job.future.result(0) == bytes(100_000) for job in jobs[:3])
     assert not any(job.future.done() for job in jobs[3:])
+    assert not any(body_of(worker).is_killed for worker in workers.all.values())
+
+
+def test_who_is_overdue_is_killed_while_long_answers_wait(
+    dispatcher: Dispatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may follow each other without end."""
+    monkeypatch.setattr(_dispatcher, "_LONG_PICKLE", 1 << 16)
+    dispatcher._waiting += make_jobs(3)
+    dispatcher._act()
+    stuck, *others = dispatcher._workers.all.values()
+    for worker in others:
+        body_of(worker).theirs.send(Message(Kind.RESULT, dumps_result(bytes(100_000))))
+    dispatcher._wait()
+    dispatcher._workers._kill_at[stuck] = 0.0
+    dispatcher._wait()
+    assert [len(worker.sent) for worker in others].count(1) == 1
+    assert body_of(stuck).is_killed
 
 
 def test_short_answer_does_not_wait_for_a_long_one(
