@@ -9,14 +9,22 @@ import logging
 import sys
 from collections.abc import Mapping
 from functools import partial
+from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any
 
 from sqlalchemy import Connection, Engine, event
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import Session, SessionEvents, sessionmaker
 from sqlalchemy.pool import ConnectionPoolEntry
 
 log = logging.getLogger("dbpool_executor")
+
+
+# Of a session, for each event. Where there are only those of its class, which each
+# session has, SQLAlchemy has one and the same object for all sessions.
+_listeners = attrgetter(
+    *(name for name in vars(SessionEvents) if name != "dispatch" and name[0] != "_")
+)
 
 
 class Sessions:
@@ -35,9 +43,11 @@ class Sessions:
         self._engine = engine
         self._unused: Session | None = None  # as good as new, for the next job
         self._as_made: dict[str, object] = {}  # what the last one was made of
+        self._own_references = 0
         # Of a class of the user's nobody knows what else its sessions hold: none is kept.
-        is_plain = self.maker.class_.__bases__ == (Session,)
-        self._own_references = _own_references() if is_plain else 0
+        if self.maker.class_.__bases__ == (Session,):
+            self._own_references = _own_references()
+            self._no_listeners = _listeners(self.maker().dispatch)
         if engine.dialect.name == "sqlite":
             event.listen(engine, "checkin", _make_writable)
         self.adopt(engine, read_only=False)
@@ -78,9 +88,10 @@ class Sessions:
         try:
             own = self._own_references  # of this very line
             if own and sys.getrefcount(session) <= own and self._is_as_made(session):
-                # To close it and to make another takes 3 to 4 % of the time of a one-row
+                # To close it and to make another takes 7 % of the time of a one-row
                 # read (benchmarks/README.md).
-                del vars(session)["dispatch"]  # it will have one without the job's
+                if _listeners(session.dispatch) != self._no_listeners:
+                    del vars(session)["dispatch"]  # it will have one without the job's
                 self._unused = session
             else:
                 session.close()
