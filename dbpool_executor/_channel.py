@@ -78,7 +78,7 @@ class Channel:
         self._end = end
         self._received = b""  # the beginning of a message
         self._large: _LargeMessage | None = None  # its parts are still arriving
-        self._spare = bytearray()  # memory for the first part of the next large one
+        self._spare = bytearray(1)  # memory for the first part of the next large one
         self._unsent: deque[Buffer] = deque()
         self._ending = False
         self.bytes_received = 0
@@ -273,10 +273,12 @@ class Channel:
         if length > _SPARE_MOST:
             return bytearray(length)
         try:
-            self._spare.append(0)  # refused as long as there is a view of it
+            # Refused as long as there is a view of it. In this order, and it stays where
+            # it is.
             self._spare.pop()
+            self._spare.append(0)
         except BufferError:
-            self._spare = bytearray()
+            self._spare = bytearray(1)
         if len(self._spare) < length:
             self._spare = bytearray(length)
         return memoryview(self._spare)[:length]
