@@ -103,6 +103,8 @@ def _result(future: Future[T], deadline: float | None) -> T:
         if deadline is None:
             return future.result()
         return future.result(deadline - time.monotonic())
+    except BaseException:
+        future.cancel()  # it may be the time that was up
+        raise
     finally:
-        future.cancel()  # if the time was up
         del future  # else the traceback and this frame hold each other

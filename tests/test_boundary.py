@@ -566,6 +566,16 @@ def test_megabytes_go_both_ways_at_once(executor: DBPoolExecutor) -> None:
     assert [f.result(LONGEST) for f in futures] == blocks
 
 
+@pytest.mark.parametrize("size", [1 << 16, (1 << 16) + 1, 1 << 20, 10_000_001])
+def test_bytes_come_back_as_bytes(executor: DBPoolExecutor, size: int) -> None:
+    """However they crossed, and several at once."""
+    futures = [executor.submit(operator.mul, bytes([n]), size) for n in range(1, 5)]
+    for n, future in enumerate(futures, 1):
+        result = future.result(LONGEST)
+        assert type(result) is bytes
+        assert result == bytes([n]) * size
+
+
 def test_pipe_crosses_as_in_the_standard_pool(executor: DBPoolExecutor) -> None:
     """A ``multiprocessing`` connection still works in the worker."""
     reader, writer = multiprocessing.Pipe(duplex=False)
