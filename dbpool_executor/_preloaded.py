@@ -3,6 +3,7 @@
 Runs in the parent of all workers, never in a worker or in the program itself.
 """
 
+import multiprocessing.sharedctypes  # noqa: F401 - of which each phase record is
 import signal
 
 from ._inheritance import freeze

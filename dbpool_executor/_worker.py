@@ -32,7 +32,7 @@ from ._database import Database, current_engine
 from ._exceptions import dumps_exception, set_cause
 from ._inheritance import bury_inherited, freeze
 from ._leaving import leave
-from ._logs import Forwarder, Levels
+from ._logs import Levels
 from ._notes import notes_on, watch_limit
 from ._options import DEFAULTS, loads_options
 from ._phase import PhaseRecord
@@ -118,6 +118,8 @@ def main(end: socket.socket | None, sent: SentSetup) -> None:
             record = PhaseRecord(words)
             forwarder = None
             if setup.log_levels is not None:
+                from ._forwarder import Forwarder
+
                 channel = SharedChannel(end)
                 tell = partial(_tell, channel)
                 forwarder = Forwarder(partial(_send_record, channel))

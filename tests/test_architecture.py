@@ -37,6 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_logs": {"_boundary"},
     # Workers.
     "_alarm": set(),
+    "_forwarder": {"_logs"},
     "_leaving": set(),
     "_drivers": {"_inheritance"},
     "_notes": {"_inheritance"},
@@ -48,8 +49,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "_options", "_phase", "_places", "_resolution", "_sessions", "errors",
     },
     "_worker": {
-        "_boundary", "_channel", "_database", "_exceptions", "_inheritance", "_leaving",
-        "_logs", "_notes", "_options", "_phase", "_picklers", "_places", "_resolution",
+        "_boundary", "_channel", "_database", "_exceptions", "_forwarder", "_inheritance",
+        "_leaving", "_logs", "_notes", "_options", "_phase", "_picklers", "_places", "_resolution",
         "_sockets", "errors",
     },
     # The parent.

@@ -19,7 +19,7 @@ import jobs
 import logging_jobs
 from dbpool_executor import JobTimeoutError, WorkerDiedError
 from dbpool_executor._alarm import Alarm, JobInterrupt
-from dbpool_executor._logs import Forwarder
+from dbpool_executor._forwarder import Forwarder
 from processes import MakeExecutor
 from servers import Database
 from waiting import LONGEST
