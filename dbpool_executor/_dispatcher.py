@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import logging
+import math
 import os
 import random
 import selectors
@@ -36,6 +37,7 @@ from .errors import DBPoolError, Outcome, OutcomeUnknownError, WorkerDiedError
 
 _FAILURE_PARTS = 3
 _WAY_SECONDS = 5e-5  # for which a caller gives way
+_WAY_EVERY = 5e-4  # seconds, at most, to a thread that is late
 _LONG_PICKLE = 1 << 20  # bytes, which may be hundreds of thousands of objects
 
 log = logging.getLogger("dbpool_executor")
@@ -77,6 +79,8 @@ class Dispatcher:
         # True while the thread sleeps and a new job would be something to do.
         self._listening = False
         self._is_acting = False  # the thread has something to do for the workers
+        # On time.monotonic(): when it will, unless it listens.
+        self._due = math.inf
         self._bell, self._ear = make_ends()
         self._bell.setblocking(False)
         self._ear.setblocking(False)
@@ -119,9 +123,12 @@ class Dispatcher:
                 is_heard = not self._listening
         if not is_heard:
             self._wake()
+        # The thread is in a call to the system, or about to wake. It would have to wait
+        # for the interpreter, 5 ms by default, if this one submitted on and on.
         if self._is_acting:
-            # It is in a call to the system. When that returns it would have to wait for
-            # the interpreter, 5 ms by default, if this thread submitted on and on.
+            time.sleep(_WAY_SECONDS)
+        elif not self._listening and (now := time.monotonic()) >= self._due:
+            self._due = now + _WAY_EVERY
             time.sleep(_WAY_SECONDS)
 
     def check_open(self) -> None:
@@ -294,7 +301,13 @@ class Dispatcher:
         # Last: whoever is woken needs the interpreter, which is let go of only now.
         self._is_acting = False
         self._settle()
-        if not self._listening and (nap := workers.seconds_to_nap(len(self._waiting))):
+        nap = 0.0 if self._listening else workers.seconds_to_nap(len(self._waiting))
+        self._due = time.monotonic() + _rules.seconds_until_due(
+            nap=nap,
+            seconds_per_job=workers.usual_seconds,
+            is_listening=self._listening,
+        )
+        if nap:
             time.sleep(nap)
         events = self._selector.select(0.0 if self._told else timeout)
         if self._postponed:

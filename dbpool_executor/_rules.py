@@ -118,6 +118,29 @@ def seconds_to_nap(
     return min(nap, (_GROUPS - 1) * _GROUP_SECONDS)
 
 
+def seconds_until_due(
+    *, nap: float, seconds_per_job: float, is_listening: bool
+) -> float:
+    """Say when the dispatcher will want the interpreter, so that callers give way then.
+
+    One that submits in a loop would keep it for 5 ms (``sys.getswitchinterval()``), and
+    longer if it has to share its processor with workers, which run out of jobs meanwhile.
+
+    Args:
+        nap: Seconds that the dispatcher naps.
+        seconds_per_job: How long jobs usually take; infinite while none is known.
+        is_listening: Whether it is woken by the next job.
+
+    Returns:
+        Seconds from now, or from when it is woken. Infinite if jobs are so short that
+        callers that pause are a greater loss.
+    """
+    ahead = max(nap, seconds_per_job)
+    if ahead < _SHORTEST_NAP:
+        return math.inf
+    return 0.0 if is_listening else ahead
+
+
 def is_taken_back(
     *, sent: int, seconds_at_job: float, seconds_per_job: float, others_idle: bool
 ) -> bool:
@@ -150,10 +173,27 @@ def delay_before_repeat(attempts: int, random: float) -> float:
     return float(min(_FIRST_REPEAT * 2**doublings, _LONGEST_DELAY) * random)
 
 
-def updated_estimate(known: float, sample: float, jobs: int = 1) -> float:
-    """Update the estimate of how long a job takes, or its answer is.
+def moving_average(known: float, sample: float, jobs: int = 1) -> float:
+    """Update an average that leans to the low side.
 
-    A moving average that leans to the low side.
+    Args:
+        known: The average so far; infinite if there is none.
+        sample: What jobs took, on average, or one has taken up to now.
+        jobs: How many.
+
+    Returns:
+        An eighth of the way to the sample for each job if it is less. If it is more, an
+        eighth, however many they are: what takes a processor for a moment would make
+        groups small, and workers run out of jobs before they are looked at.
+    """
+    if math.isinf(known):
+        return sample
+    steps = 1 if sample > known else jobs
+    return sample + (known - sample) * 0.875**steps
+
+
+def updated_estimate(known: float, sample: float, jobs: int = 1) -> float:
+    """Update an estimate that is not to be too low.
 
     Args:
         known: The estimate so far; infinite if there is none.
@@ -161,15 +201,10 @@ def updated_estimate(known: float, sample: float, jobs: int = 1) -> float:
         jobs: How many.
 
     Returns:
-        An eighth of the way to the sample for each job if it is less. If it is more, an
-        eighth, however many they are: what takes a processor for a moment would make
-        groups small, and workers run out of jobs before they are looked at. All of it
-        if it is more than twice as much: to send jobs behind a long one is a mistake.
+        The moving average; the sample itself if it is more than twice as much: to send
+        jobs behind a long one is a mistake.
     """
-    if sample > 2 * known or math.isinf(known):
-        return sample
-    steps = 1 if sample > known else jobs
-    return sample + (known - sample) * 0.875**steps
+    return sample if sample > 2 * known else moving_average(known, sample, jobs)
 
 
 def delay_after_failed_start(failures: int, ready: int) -> float | None:

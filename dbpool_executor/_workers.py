@@ -107,7 +107,10 @@ class Workers:
         self.idle: list[Worker] = []  # the last to become idle is the next to work
         self._offered: Worker | None = None
         self._short: dict[Worker, None] = {}  # busy, and may be sent more
-        self._seconds_per_job = self._bytes_per_answer = math.inf
+        self._seconds_per_job = self._bytes_per_answer = math.inf  # not too low
+        # For when to look at answers: of one job that was interrupted nothing follows
+        # for the others.
+        self.usual_seconds = math.inf
         # On time.monotonic(): when a worker is killed that is still at its job, or there.
         self._kill_at: dict[Worker, float] = {}
         # For workers that are stuck: on time.monotonic(), infinite if none has two jobs.
@@ -353,14 +356,16 @@ class Workers:
         return _rules.seconds_to_nap(
             waiting=waiting,
             sent=min(len(worker.sent) for worker in self.all.values()),
-            seconds_per_job=self._seconds_per_job,
+            seconds_per_job=self.usual_seconds,
             bytes_per_answer=self._bytes_per_answer,
         )
 
     def _learn(self, sample: float, jobs: int = 1) -> None:
+        sample = max(sample, 1e-6)
         self._seconds_per_job = _rules.updated_estimate(
-            self._seconds_per_job, max(sample, 1e-6), jobs
+            self._seconds_per_job, sample, jobs
         )
+        self.usual_seconds = _rules.moving_average(self.usual_seconds, sample, jobs)
 
     def _note_sent_less(self, worker: Worker) -> None:
         if worker.state is State.LEAVING:

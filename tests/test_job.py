@@ -67,14 +67,15 @@ def test_result_that_nobody_waits_for_is_there(value: object) -> None:
 
 def test_future_has_what_every_future_has() -> None:
     """It does without ``Future.__init__``, whatever that may come to do."""
-    ours, theirs = vars(JobFuture()), vars(Future())
-    condition = ours.pop("_condition")
+    ours, theirs = JobFuture[None](), vars(Future())
+    condition = ours._condition
     assert isinstance(condition, type(theirs.pop("_condition")))
-    assert ours.pop("_lock") is condition._lock
-    assert ours == theirs
+    assert condition is ours._condition
+    assert condition._lock is ours._lock
+    assert {name: getattr(ours, name) for name in theirs} == theirs
 
 
-def test_collector_of_garbage_looks_at_half_as_much_for_a_future() -> None:
+def test_collector_of_garbage_looks_at_a_fifth_for_a_future() -> None:
     """There may be a hundred thousand of them, and it looks at each more than once."""
 
     def objects_of(make: Callable[[], object]) -> int:
@@ -85,7 +86,7 @@ def test_collector_of_garbage_looks_at_half_as_much_for_a_future() -> None:
     gc.collect()
     gc.disable()
     try:
-        assert objects_of(JobFuture) * 2 <= objects_of(Future)
+        assert objects_of(JobFuture) * 5 <= objects_of(Future)
     finally:
         gc.enable()
 

@@ -18,8 +18,10 @@ from dbpool_executor._rules import (
     group_size,
     is_taken_back,
     jobs_to_send,
+    moving_average,
     outcome_at_end,
     seconds_to_nap,
+    seconds_until_due,
     updated_estimate,
     workers_to_start,
 )
@@ -262,6 +264,27 @@ def test_nap_while_answers_add_up(
 
 
 @pytest.mark.parametrize(
+    ("nap", "seconds_per_job", "is_listening", "seconds"),
+    [
+        (0.004, 100e-6, False, 0.004),  # when it wakes
+        (0.0, 300e-6, False, 300e-6),  # when the next answer comes
+        (0.0, 300e-6, True, 0.0),  # as soon as it is woken
+        (0.0, math.inf, True, 0.0),  # by the first jobs of all
+        (0.0, math.inf, False, math.inf),
+        (0.0, 150e-6, False, math.inf),  # not worth it
+        (0.0, 1e-6, True, math.inf),
+    ],
+)
+def test_when_callers_give_way(
+    nap: float, seconds_per_job: float, is_listening: bool, seconds: float
+) -> None:
+    """Each row is one situation and when the dispatcher will have something to do."""
+    assert seconds == seconds_until_due(
+        nap=nap, seconds_per_job=seconds_per_job, is_listening=is_listening
+    )
+
+
+@pytest.mark.parametrize(
     ("sent", "seconds_at_job", "seconds_per_job", "others_idle", "is_it"),
     [
         (1, 9.0, 1e-4, True, False),  # that one it has begun
@@ -310,6 +333,14 @@ def test_estimate_is_a_low_average_of_what_differs_little() -> None:
     for _ in range(50):
         known = updated_estimate(known, 1.5e-3, 10)
     assert known == pytest.approx(1.5e-3, rel=0.01)
+
+
+def test_average_does_not_follow_one_that_is_long() -> None:
+    """As the estimate does, for which it would be a mistake to be too low."""
+    assert moving_average(math.inf, 0.5) == 0.5
+    assert moving_average(1e-3, 0.1) == pytest.approx(1e-3 + 0.099 / 8)
+    for sample in (0.2e-3, 1e-3, 1.9e-3):
+        assert moving_average(1e-3, sample, 7) == updated_estimate(1e-3, sample, 7)
 
 
 @pytest.mark.parametrize("attempts", [1, 2, 3, 7, 8, 50, 10**9])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import selectors
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -159,6 +160,19 @@ def test_worker_that_leaves_has_no_share(workers: Workers) -> None:
     assert [len(worker.sent) for worker in others] == [5, 5]
 
 
+def test_answers_are_looked_at_when_they_usually_come(workers: Workers) -> None:
+    """One that took long makes messages small, and the nap no longer."""
+    workers.send_from(deque(make_jobs(60)))
+    workers._bytes_per_answer = 50.0
+    nap = workers.seconds_to_nap(30)
+    assert nap == pytest.approx(10 * 0.99e-3)
+    first, _ = workers.all.values()
+    first.sent.popleft()
+    workers._learn(0.004)
+    assert workers._seconds_per_job == 0.004
+    assert workers.seconds_to_nap(30) < 1.5 * nap
+
+
 @pytest.fixture
 def dispatcher() -> Iterator[Dispatcher]:
     """Without its thread; three workers that are idle."""
@@ -228,3 +242,70 @@ def test_short_answer_does_not_wait_for_a_long_one(
         body_of(worker).theirs.send(Message(Kind.RESULT, [b"N."]))
     dispatcher._wait()
     assert len(dispatcher._told) == 3
+
+
+class Clock:
+    """Stands for the time module: it goes when somebody sleeps, or says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.pauses: list[float] = []
+
+    def monotonic(self) -> float:
+        """Tell the time."""
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        """Note that somebody did."""
+        self.pauses.append(seconds)
+        self.now += seconds
+
+
+def when_callers_gave_way(
+    dispatcher: Dispatcher, monkeypatch: pytest.MonkeyPatch
+) -> list[int]:
+    """Let a caller submit once a millisecond, while the thread sleeps for six."""
+    clock, found = Clock(), []
+    select = dispatcher._selector.select
+
+    def submit_meanwhile(_timeout: float | None) -> list[Any]:
+        for millisecond in range(6):
+            pauses = len(clock.pauses)
+            dispatcher.add(make_jobs(1)[0])
+            found.extend([millisecond] * (len(clock.pauses) - pauses))
+            clock.now += 0.001
+        return select(0.0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_dispatcher, "time", clock)
+        patch.setattr(dispatcher, "_thread", threading.current_thread())
+        patch.setattr(dispatcher._selector, "select", submit_meanwhile)
+        dispatcher._wait()
+    return found
+
+
+def test_callers_give_way_when_an_answer_is_due(
+    dispatcher: Dispatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that wakes for it could not have the interpreter otherwise."""
+    dispatcher._workers._learn(0.0035)
+    dispatcher._waiting += make_jobs(3)
+    dispatcher._act()
+    assert not dispatcher._workers.idle
+    assert when_callers_gave_way(dispatcher, monkeypatch) == [4, 5]
+
+
+def test_caller_that_wakes_the_thread_gives_way_to_it(
+    dispatcher: Dispatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for the first job, which goes to the worker that was offered."""
+    dispatcher._workers._learn(0.0035)
+    assert when_callers_gave_way(dispatcher, monkeypatch) == [1, 2, 3, 4, 5]
+
+
+def test_callers_do_not_give_way_for_jobs_of_microseconds(
+    dispatcher: Dispatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would lose more by it than is won."""
+    dispatcher._workers._learn(1e-6)
+    assert when_callers_gave_way(dispatcher, monkeypatch) == []
