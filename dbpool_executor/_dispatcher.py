@@ -79,7 +79,8 @@ class Dispatcher:
         # True while the thread sleeps and a new job would be something to do.
         self._listening = False
         self._is_acting = False  # the thread has something to do for the workers
-        # On time.monotonic(): when it will, unless it listens.
+        # On time.monotonic(): when it will, by what is known; while it listens, from when
+        # it is woken.
         self._due = math.inf
         self._bell, self._ear = make_ends()
         self._bell.setblocking(False)

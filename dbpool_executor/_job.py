@@ -71,7 +71,7 @@ class JobFuture(Future[T]):
     of short jobs goes through all of it at once. What is not usual takes the way of
     :class:`Future`, which enters its condition before all else. It is made only then, and
     the lists with it: else the collector of garbage would look at those of all jobs under
-    way, for a fifth of the time that a short job takes here.
+    way, for a tenth of the time that a short job takes here.
 
     Attributes:
         read_answer: Waits for the answer in the place of the dispatcher, if it may, and

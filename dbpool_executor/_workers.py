@@ -108,8 +108,8 @@ class Workers:
         self._offered: Worker | None = None
         self._short: dict[Worker, None] = {}  # busy, and may be sent more
         self._seconds_per_job = self._bytes_per_answer = math.inf  # not too low
-        # For when to look at answers: of one job that was interrupted nothing follows
-        # for the others.
+        # For when to look at answers: from one job that had to wait for a processor
+        # nothing follows for the others.
         self.usual_seconds = math.inf
         # On time.monotonic(): when a worker is killed that is still at its job, or there.
         self._kill_at: dict[Worker, float] = {}

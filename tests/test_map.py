@@ -268,6 +268,23 @@ def test_timeout_counts_from_the_call_and_cancels_the_rest(
     assert record.read_text().split() == ["0"]
 
 
+def test_timeout_cancels_the_job_that_was_waited_for(
+    make_executor: MakeExecutor, gate: Gate, tmp_path: Path
+) -> None:
+    """If it has not started, as those behind it."""
+    record = tmp_path / "record"
+    executor = make_executor("sqlite://", 1)
+    executor.submit(jobs.wait_at_gate, gate.address)
+    gate.arrival()
+    job = partial(values.note_and_wait, record)
+    results = executor.map(job, range(2), [None] * 2, timeout=0.01)
+    with pytest.raises(TimeoutError):
+        next(results)
+    gate.open()
+    executor.shutdown()
+    assert not record.exists()
+
+
 def test_timeout_that_is_not_reached_changes_nothing(executor: DBPoolExecutor) -> None:
     """Nor does one that is over when every result is there."""
     results = executor.map(jobs.give, range(10), timeout=LONGEST)
