@@ -167,7 +167,9 @@ def test_transfers_are_told_exactly_while_workers_are_killed(
     print(database.name, context.get_start_method(), dict(counts))
     assert failed <= len(killer.killed)
     totals.update(counts)
-    assert totals["unknown"] <= max(totals["kills"] / 4, 6)
+    # Those that were killed in COMMIT: a quarter of the time of a job, or more where
+    # the disk is slow.
+    assert totals["unknown"] <= max(totals["kills"] / 2, 12)
     # Twice would have broken the primary key, and failed with another error than these.
     total = database.rows("SELECT sum(balance) AS total FROM account")[0].total
     assert total == ACCOUNTS * BALANCE
