@@ -295,18 +295,19 @@ class Dispatcher:
         workers = self._workers
         # A busy worker is sent more when it answers: what is submitted until then adds
         # up to a full message.
-        self._listening = bool(workers.idle) or workers.has_room
+        is_listening = self._listening = bool(workers.idle) or workers.has_room
         timeout = self._seconds_to_wait()
         if self._listening and timeout != 0.0 and not self._closing:
             self._offers.standing = workers.offer()
         # Last: whoever is woken needs the interpreter, which is let go of only now.
         self._is_acting = False
         self._settle()
-        nap = 0.0 if self._listening else workers.seconds_to_nap(len(self._waiting))
+        # Not self._listening: it may have been woken meanwhile, and is not to nap then.
+        nap = 0.0 if is_listening else workers.seconds_to_nap(len(self._waiting))
         self._due = time.monotonic() + _rules.seconds_until_due(
             nap=nap,
             seconds_per_job=workers.usual_seconds,
-            is_listening=self._listening,
+            is_listening=is_listening,
         )
         if nap:
             time.sleep(nap)

@@ -264,14 +264,15 @@ class Clock:
 def when_callers_gave_way(
     dispatcher: Dispatcher, monkeypatch: pytest.MonkeyPatch
 ) -> list[int]:
-    """Let a caller submit once a millisecond, while the thread sleeps for six."""
+    """Let a caller submit two jobs each millisecond, while the thread sleeps for six."""
     clock, found = Clock(), []
     select = dispatcher._selector.select
 
     def submit_meanwhile(_timeout: float | None) -> list[Any]:
         for millisecond in range(6):
             pauses = len(clock.pauses)
-            dispatcher.add(make_jobs(1)[0])
+            for job in make_jobs(2):
+                dispatcher.add(job)
             found.extend([millisecond] * (len(clock.pauses) - pauses))
             clock.now += 0.001
         return select(0.0)
@@ -287,7 +288,7 @@ def when_callers_gave_way(
 def test_callers_give_way_when_an_answer_is_due(
     dispatcher: Dispatcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The thread that wakes for it could not have the interpreter otherwise."""
+    """The thread that wakes could not have the interpreter otherwise. Not at each job."""
     dispatcher._workers._learn(0.0035)
     dispatcher._waiting += make_jobs(3)
     dispatcher._act()
@@ -300,7 +301,7 @@ def test_caller_that_wakes_the_thread_gives_way_to_it(
 ) -> None:
     """Not for the first job, which goes to the worker that was offered."""
     dispatcher._workers._learn(0.0035)
-    assert when_callers_gave_way(dispatcher, monkeypatch) == [1, 2, 3, 4, 5]
+    assert when_callers_gave_way(dispatcher, monkeypatch) == [0, 1, 2, 3, 4, 5]
 
 
 def test_callers_do_not_give_way_for_jobs_of_microseconds(
@@ -309,3 +310,20 @@ def test_callers_do_not_give_way_for_jobs_of_microseconds(
     """They would lose more by it than is won."""
     dispatcher._workers._learn(1e-6)
     assert when_callers_gave_way(dispatcher, monkeypatch) == []
+
+
+def test_thread_that_was_woken_while_it_settled_takes_no_nap(
+    dispatcher: Dispatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job has come for which there is room for another worker."""
+    clock, workers = Clock(), dispatcher._workers
+    workers._learn(0.001)
+    workers._bytes_per_answer = 50.0
+    dispatcher._waiting += make_jobs(9)
+    dispatcher._act()
+    workers._most = 4
+    assert workers.seconds_to_nap(0) > 0
+    monkeypatch.setattr(_dispatcher, "time", clock)
+    monkeypatch.setattr(dispatcher, "_settle", dispatcher._wake)
+    dispatcher._wait()
+    assert clock.pauses == []
