@@ -197,8 +197,8 @@ def updated_estimate(known: float, sample: float, jobs: int = 1) -> float:
 
     Args:
         known: The estimate so far; infinite if there is none.
-        sample: What jobs took, on average, or one has taken up to now.
-        jobs: How many.
+        sample: As for :func:`moving_average`.
+        jobs: As there.
 
     Returns:
         The moving average; the sample itself if it is more than twice as much: to send
