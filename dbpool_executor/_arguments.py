@@ -16,7 +16,7 @@ from typing import Any
 
 from sqlalchemy import URL, Engine, create_engine, make_url
 
-from ._boundary import dumps_call
+from ._boundary import pack_call
 from ._picklers import by_value_pickler, is_interactive, with_code
 from ._places import asyncio_classes, full_name
 from .errors import NotPlainError
@@ -114,7 +114,7 @@ def check_session_options(options: Mapping[str, Any]) -> dict[str, Any]:
         TypeError: They name an engine or a connection.
     """
     try:
-        dumps_call(dict, (), dict(options))
+        pack_call(dict, (), dict(options))
     except NotPlainError as exc:
         place = exc.place.replace("kwargs", "session_options", 1)
         raise TypeError(

@@ -34,14 +34,17 @@ _COPY_LIMIT = 1 << 16  # below it, joining the parts is cheaper than a call for 
 class Kind(enum.IntEnum):
     """What a message says."""
 
-    JOB = 1  # parent to worker: jobs from this number on, each a call and its options
-    READY = 2  # worker to parent: it has its engine and its initializer has run
-    RESULT = 3  # worker to parent: the first job not yet answered was committed
-    FAILURE = 4  # worker to parent: the first job not yet answered failed
-    RETURNED = 5  # worker to parent: the job with this number was not begun
-    NOTE = 6  # worker to parent: a text for the parent's log
-    START_FAILURE = 7  # worker to parent: the factory or the initializer raised
-    LOG = 8  # worker to parent: a record for the parent's log handlers
+    JOB = 1  # parent to worker: one with this number, its pickled call and its options
+    JOBS = (
+        2  # parent to worker: those from this number on, their calls and their options
+    )
+    READY = 3  # worker to parent: it has its engine and its initializer has run
+    RESULT = 4  # worker to parent: the first job not yet answered was committed
+    FAILURE = 5  # worker to parent: the first job not yet answered failed
+    RETURNED = 6  # worker to parent: the job with this number was not begun
+    NOTE = 7  # worker to parent: a text for the parent's log
+    START_FAILURE = 8  # worker to parent: the factory or the initializer raised
+    LOG = 9  # worker to parent: a record for the parent's log handlers
 
 
 _KINDS = {int(kind): kind for kind in Kind}
@@ -229,10 +232,10 @@ class Channel:
     def _parse(self, data: bytes) -> list[Message]:
         messages: list[Message] = []
         parts: list[Buffer]
-        start = 0
-        while len(data) - start >= _HEAD.size:
-            code, number, count, length = _HEAD.unpack_from(data, start)
-            body = start + _HEAD.size
+        start, size, unpack = 0, _HEAD.size, _HEAD.unpack_from
+        while len(data) - start >= size:
+            code, number, count, length = unpack(data, start)
+            body = start + size
             if count == 1 and len(data) - body >= length:
                 start = body + length
                 parts = [data[body:start]]

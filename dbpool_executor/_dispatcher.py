@@ -20,15 +20,15 @@ from concurrent.futures import Future
 from contextlib import suppress
 
 from . import _rules
-from ._boundary import dumps_call
+from ._boundary import Call, pack_call
 from ._channel import Kind, Message
 from ._endings import Ending, resolved_error
 from ._exit import at_exit
-from ._job import Job, JobFuture
+from ._job import Job, end_unasked
 from ._local import LocalWorker
 from ._logs import handle_record
 from ._offer import Offers
-from ._options import DEFAULTS, dumps_options
+from ._options import DEFAULTS, JobOptions
 from ._sockets import make_ends
 from ._stats import Stats
 from ._worker import outcome_of_transaction
@@ -93,14 +93,19 @@ class Dispatcher:
         self._workers = Workers(start_worker, max_workers, max_jobs, self._selector)
         self._postponed: set[Worker] = set()  # whose answers another's made wait
         self._told: list[tuple[Job, Message | BaseException]] = []  # to be settled
-        self._later: list[tuple[float, int, Job]] = []  # to be repeated; a heap
+        # To be repeated, and why; a heap by the time.
+        self._later: list[tuple[float, int, Job, Message | BaseException]] = []
         self._killed = False  # no job will be sent again
         self._done = self._failed = self._retried = 0
 
     # -- Called by other threads --------------------------------------------------
 
-    def add(self, job: Job) -> None:
+    def add(self, call: Call, options: JobOptions) -> Job:
         """Queue a job; the first one starts the thread.
+
+        Args:
+            call: What it calls.
+            options: How it is run.
 
         Raises:
             WorkerStartError: The executor is broken.
@@ -109,13 +114,14 @@ class Dispatcher:
         # Before the lock: in a copy, a thread that is not there may hold it for ever.
         if self._pid != os.getpid():
             self.check_owner()
+        job = Job(call, options)
         with self._lock:
             self.check_open()
             if self._thread is None:
                 self._begin()
             offer = self._offers.standing
-            if offer is not None and job.options.timeout is None and offer.take(job):
-                job.future.read_answer = self._offers.read_answer
+            if offer is not None and options.timeout is None and offer.take(job):
+                job.read_answer = self._offers.read_answer
                 is_heard = offer.unsent == b""
             else:
                 if offer is not None:
@@ -131,6 +137,7 @@ class Dispatcher:
         elif not self._listening and (now := time.monotonic()) >= self._due:
             self._due = now + _WAY_EVERY
             time.sleep(_WAY_SECONDS)
+        return job
 
     def check_open(self) -> None:
         """Raise as :meth:`add` would in the process that made the executor."""
@@ -357,11 +364,8 @@ class Dispatcher:
         worker = self._workers.withdraw(offer)
         self._done += offer.answered
         if offer.told is not None:  # the caller was interrupted, or is about to do it
-            job, answer = offer.told
-            job.attempts += 1
-            if not job.settle(answer):
-                self._done -= 1
-                self._failed += 1
+            self._done -= 1  # it is among those answered
+            self._told.append(offer.told)
         # At the end of the stream the selector tells of it again.
         data = b"".join(offer.inbox)
         return (worker, worker.body.channel.take_in(data)) if data else None
@@ -394,9 +398,7 @@ class Dispatcher:
         for message in messages:
             kind, _, number = message
             if kind is Kind.RESULT:
-                job = worker.sent.popleft()
-                job.attempts += 1
-                self._told.append((job, message))
+                self._told.append((worker.sent.popleft(), message))
                 answered += 1
                 nanoseconds += number
             elif kind is Kind.FAILURE:
@@ -444,11 +446,10 @@ class Dispatcher:
             self._end(job, told)
             return
         job.attempts += 1
-        job.told = told
         self._retried += 1
         delay = _rules.delay_before_repeat(job.attempts, random.random())  # noqa: S311
         log.info("a job failed %d times, again in %.2f s", job.attempts, delay)
-        entry = (time.monotonic() + delay, self._retried, job)
+        entry = (time.monotonic() + delay, self._retried, job, told)
         heapq.heappush(self._later, entry)
 
     def _resolve(self, job: Job, error: DBPoolError, xid: int) -> None:
@@ -461,27 +462,22 @@ class Dispatcher:
                 self._done -= 1  # the question is no job of the user's
             self._end(job, resolved_error(error, outcome))
 
-        asked: JobFuture[Outcome] = JobFuture()
+        call = pack_call(outcome_of_transaction, (xid,), {})
+        asked = Job(call, DEFAULTS)
         asked.add_done_callback(settle)
-        call = dumps_call(outcome_of_transaction, (xid,), {})
-        self._waiting.appendleft(Job(asked, (call, dumps_options(DEFAULTS))))
+        self._waiting.appendleft(asked)
 
     def _settle(self) -> None:
+        if not self._told:
+            return
         told, self._told = self._told, []
-        watched = []
-        for job, answer in told:
-            if job.future.is_watched():
-                watched.append((job, answer))
-            elif job.settle(answer):
-                self._done += 1
-            else:
-                self._failed += 1
+        ends = [job.read(answer) for job, answer in told]
+        failed = sum(error is not None for _, _, error in ends)
+        self._failed += failed
+        self._done += len(ends) - failed
         # Whoever is woken wants the interpreter: last, when all else is done.
-        for job, answer in watched:
-            if job.settle(answer):
-                self._done += 1
-            else:
-                self._failed += 1
+        for job, result, error in end_unasked(ends):
+            job.end(result, error)
 
     def _spare(self, count: int) -> None:
         """Let the first jobs not be cancelled any more."""
@@ -494,9 +490,7 @@ class Dispatcher:
         """Cancel what waits, or fail it where it cannot be cancelled any more."""
         failure = self._workers.failure
         if self._killed or failure is not None:
-            for *_, job in self._later:
-                assert job.told is not None  # noqa: S101 - or it would not be repeated
-                self._told.append((job, job.told))
+            self._told += ((job, told) for *_, job, told in self._later)
             self._later.clear()
         kept = []
         while self._waiting:
@@ -504,7 +498,7 @@ class Dispatcher:
             if failure is not None:
                 if job.take():
                     self._told.append((job, failure.error()))
-            elif job.cancel():
+            elif job.drop():
                 pass
             elif self._killed:
                 lost = WorkerDiedError(None, None, Outcome.NEVER_STARTED)

@@ -36,12 +36,12 @@ from ._arguments import (
     default_max_workers,
     factory_of,
 )
-from ._boundary import dumps_call
+from ._boundary import pack_call
 from ._dispatcher import Dispatcher
-from ._job import Job, JobFuture
+from ._job import failed_job
 from ._local import LocalWorker
 from ._logs import levels_set
-from ._options import DEFAULTS, JobOptions, dumps_options
+from ._options import DEFAULTS, JobOptions
 from ._parent import AnyEngine, engines_of, prepare
 from ._results import ChunkResults, Results
 from ._stats import Stats
@@ -80,17 +80,13 @@ class _JobExecutor(Executor):
                 process that made it.
             WorkerStartError: Workers cannot start; the executor is broken.
         """
-        future: JobFuture[T] = JobFuture()
         try:
-            call = dumps_call(fn, args, kwargs)
+            call = pack_call(fn, args, kwargs)
         except Exception as exc:
             self._dispatcher.check_owner()
             self._dispatcher.check_open()
-            future.set_exception(exc)
-        else:
-            options = self._options
-            self._dispatcher.add(Job(future, (call, dumps_options(options)), options))
-        return future
+            return failed_job(exc)
+        return self._dispatcher.add(call, self._options)
 
     def map(
         self,

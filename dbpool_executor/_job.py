@@ -1,32 +1,46 @@
-"""A job on its way, and how its future is settled.
+"""A job on its way, which is the future of its caller as well.
 
 Runs in the parent.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
+import operator
+import os
 import threading
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures._base import FINISHED, PENDING, RUNNING
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias
 
-from ._boundary import Buffer, loads_result
+from ._boundary import Call, dumps_calls, loads_result
 from ._channel import Kind, Message
 from ._exceptions import loads_exception, set_cause
-from ._options import DEFAULTS, JobOptions
+from ._options import DEFAULTS, JobOptions, dumps_options
 from .errors import JobTimeoutError, Outcome, OutcomeUnknownError, ResultLostError
 
 log = logging.getLogger("dbpool_executor")
 
-T = TypeVar("T")
+
+# Guards the short way of all jobs: that nobody has asked for one, and its state. Who has
+# it enters no condition, since who is in one may want it to make another. So nothing is
+# called inside where a handler of a signal could run. And Ctrl-C cannot come between it
+# and the block that lets go of it, as with a condition, whose entry is a Python function.
+_lock = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    # Not while another thread has it: in the child it would have it for ever.
+    os.register_at_fork(
+        before=_lock.acquire,
+        after_in_parent=_lock.release,
+        after_in_child=_lock.release,
+    )
 
 
 class _Condition(threading.Condition):
-    """A condition of a lock that somebody else has too.
+    """A condition of few objects.
 
     It keeps no methods of its lock and no deque: of what is waited for by ``wait()`` or
     ``as_completed()`` there may be thousands, and the collector of garbage would look at
@@ -35,8 +49,8 @@ class _Condition(threading.Condition):
 
     __slots__ = ("_lock", "_waiters")
 
-    def __init__(self, lock: Any) -> None:
-        self._lock = lock
+    def __init__(self) -> None:
+        self._lock: Any = threading.RLock()
         self._waiters: Collection[Any] = ()
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -59,59 +73,83 @@ class _Condition(threading.Condition):
         self._lock._acquire_restore(state)
 
 
-_ReadAnswer: TypeAlias = "Callable[[JobFuture[Any], float | None], float | None]"
+_End: TypeAlias = "tuple[Job, Any, BaseException | None]"
+_ReadAnswer: TypeAlias = "Callable[[Job, float | None], float | None]"
 
 
-class JobFuture(Future[T]):
-    """A future that raises its exception also when the exception is falsy.
+class Job(Future[Any]):
+    """A call on its way, and the future of what comes of it.
 
+    One object for both, of which there may be a hundred thousand, for the collector of
+    garbage to look at again and again. It raises its exception also when that is falsy:
     ``Future.result()`` asks for its truth up to CPython 3.13.0 and returns None.
 
-    What happens to nearly each job takes a short way here, with the same lock; a group
-    of short jobs goes through all of it at once. What is not usual takes the way of
-    :class:`Future`, which enters its condition before all else. It is made only then, and
-    the lists with it: else the collector of garbage would look at those of all jobs under
-    way, for a tenth of the time that a short job takes here.
+    What happens to nearly each job takes a short way here, under a lock that all jobs
+    share, so that a group of short ones goes through all of it at once. What is not usual
+    takes the way of :class:`Future`, which enters its condition before all else. That is
+    made when somebody asks for it, and closes the short way. It has a lock of its own:
+    ``as_completed()`` enters those of several futures in the order of their addresses.
+
+    Args:
+        call: What is to be called, until the job is done.
+        options: How it is run.
 
     Attributes:
+        number: Which job it is in the life of the worker that has it.
+        deliveries: Workers that died over it before they had begun it.
+        attempts: How often it has failed.
         read_answer: Waits for the answer in the place of the dispatcher, if it may, and
-            gives the seconds that are left; takes the future and the seconds.
+            gives the seconds that are left; takes the job and the seconds.
     """
 
     # What is added late to a dictionary takes more memory, and more time.
     __slots__ = (
         "_done_callbacks",
         "_exception",
-        "_lock",
         "_made_condition",
         "_result",
         "_state",
         "_waiters",
+        "call",
+        "number",
+        "options",
         "read_answer",
     )
 
-    def __init__(self) -> None:
+    # Nearly no job has its own.
+    deliveries = 0
+    attempts = 0
+
+    def __init__(self, call: Call, options: JobOptions) -> None:
         # Not Future's own. A test compares what the two have.
-        # The condition is entered by a Python function, in which Ctrl-C can strike
-        # between the lock and the block that lets go of it; the lock is not.
-        self._lock: Any = threading.RLock()
         self._made_condition: _Condition | None = None
         self._state = PENDING
         self._result = self._exception = None
         self.read_answer: _ReadAnswer | None = None
+        self.call = call
+        self.options = options
+        self.number = 0
 
     @property
     def _condition(self) -> _Condition:  # type: ignore[override]
         if self._made_condition is None:
-            with self._lock:
+            condition = _Condition()
+            waiters: list[Any] = []
+            callbacks: list[Callable[[Future[Any]], object]] = []
+            with _lock:
                 if self._made_condition is None:  # no other thread was faster
-                    self._waiters: list[Any] = []
-                    self._done_callbacks: list[Callable[[Future[T]], object]] = []
-                    # Last: Ctrl-C before it leaves nothing that anybody has seen.
-                    self._made_condition = _Condition(self._lock)
+                    self._waiters = waiters
+                    self._done_callbacks = callbacks
+                    self._made_condition = condition
         return self._made_condition
 
-    def result(self, timeout: float | None = None) -> T:
+    # -- For whoever holds the future ---------------------------------------------
+
+    def done(self) -> bool:
+        """Say whether it was cancelled, or has a result or an exception."""
+        return self._state == FINISHED or super().done()
+
+    def result(self, timeout: float | None = None) -> Any:
         """Wait for the job and return its result.
 
         Args:
@@ -130,119 +168,90 @@ class JobFuture(Future[T]):
                 return result
         error = self.exception() if self._exception is not None else None
         if error is None:
-            return cast("T", self._result)
+            return self._result
         try:
             raise error
         finally:
             del error  # else the traceback and this frame hold each other
 
-    def set_running_or_notify_cancel(self) -> bool:
-        """Say whether the job is still to be run; from now on it cannot be cancelled."""
-        with self._lock:
-            if self._state == PENDING:
-                self._state = RUNNING
-                return True
-        return super().set_running_or_notify_cancel()
-
-    def is_watched(self) -> bool:
-        """Say whether anybody would hear of it now if it were done."""
-        condition = self._made_condition
-        return condition is not None and bool(
-            condition._waiters or self._waiters or self._done_callbacks
-        )
-
-    def set_unwatched_result(self, result: T) -> bool:
-        """Give it its result if nobody is to be told.
-
-        Returns:
-            Whether it has it now.
-        """
-        with self._lock:
-            if self._state != RUNNING or self.is_watched():
-                return False
-            self._result = result
-            self._state = FINISHED
-            return True
-
-    def set_result(self, result: T) -> None:
-        """Give it its result, and tell all who wait for it."""
-        if not self.set_unwatched_result(result):
-            super().set_result(result)
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    """A call on its way.
-
-    Attributes:
-        future: What the caller holds.
-        parts: The call and the options, as they are sent.
-        options: How it is run.
-        is_taken: Whether it cannot be cancelled any more.
-        number: Which job it is in the life of the worker that has it.
-        deliveries: Workers that died over it before they had begun it.
-        attempts: How often it was answered.
-        told: What it failed with last.
-    """
-
-    future: JobFuture[Any]
-    parts: Sequence[Buffer]
-    options: JobOptions = DEFAULTS
-    is_taken: bool = False
-    number: int = 0
-    deliveries: int = 0
-    attempts: int = 0
-    told: Message | BaseException | None = None
+    # -- For the executor -----------------------------------------------------------
 
     def take(self) -> bool:
         """Say whether it is still to be done; from now on it cannot be cancelled."""
+        with _lock:
+            if self._state == PENDING and self._made_condition is None:
+                self._state = RUNNING
         # Already: it was sent to a worker that did not begin it.
-        if not self.is_taken:
-            self.is_taken = self.future.set_running_or_notify_cancel()
-        return self.is_taken
+        return self._state == RUNNING or self._take_asked()
 
-    def cancel(self) -> bool:
+    def drop(self) -> bool:
         """Cancel it unless it was taken."""
-        if not self.future.cancel():
+        if not self.cancel():
             return False
-        # as_completed() and wait() hear of it only now.
-        self.future.set_running_or_notify_cancel()
+        self._take_asked()
         return True
 
-    def settle(self, told: Message | BaseException) -> bool:
-        """Give the future its result or exception, and run its callbacks.
+    def _take_asked(self) -> bool:
+        # Where as_completed() and wait() hear of a job that was cancelled.
+        if self.set_running_or_notify_cancel():
+            return True
+        self.call = _NO_CALL
+        return False
+
+    def is_asked_for(self) -> bool:
+        """Say whether somebody may have to be told when it is done."""
+        return self._made_condition is not None
+
+    def read(self, told: Message | BaseException) -> _End:
+        """Read what an answer brings.
 
         Args:
             told: The worker's answer, or an error of the parent's own.
 
         Returns:
-            Whether it was a result.
+            This job, with its result or its exception.
         """
-        result = None
-        error: BaseException | None = None
         if isinstance(told, BaseException):
-            error = told
-        elif told.kind is Kind.FAILURE:
-            error = loads_exception(told.parts)
-        else:
-            try:
-                result = loads_result(told.parts)
-            except BaseException as exc:  # also a SystemExit must not end the thread
-                commits = self.options.commit
-                outcome = Outcome.COMMITTED if commits else Outcome.UNKNOWN
-                error = ResultLostError(f"unpickling it raised {exc!r}", outcome)
-                set_cause(error, exc)
+            return self, None, told
+        if told.kind is Kind.FAILURE:
+            return self, None, loads_exception(told.parts)
+        try:
+            return self, loads_result(told.parts), None
+        except BaseException as exc:  # also a SystemExit must not end the thread
+            commits = self.options.commit
+            outcome = Outcome.COMMITTED if commits else Outcome.UNKNOWN
+            error = ResultLostError(f"unpickling it raised {exc!r}", outcome)
+            set_cause(error, exc)
+            self.attempts += 1
+            return self, None, error
+
+    def end_unasked(self, result: object) -> bool:
+        """Give it its result, if nobody is to be told.
+
+        Returns:
+            Whether it has it now.
+        """
+        with _lock:
+            if self._state != RUNNING or self._made_condition is not None:
+                return False
+            self._result = result
+            self._state = FINISHED
+        self.call = _NO_CALL
+        return True
+
+    def end(self, result: object, error: BaseException | None) -> None:
+        """Give it its result or its exception, and tell all who wait for it."""
         try:
             if error is None:
-                self.future.set_result(result)
+                self.set_result(result)
             else:
                 self._note(error)
-                self.future.set_exception(error)
+                self.set_exception(error)
         except InvalidStateError:
             pass  # whoever waits for it has read the answer
         except BaseException:
             log.exception("a future or one of its callbacks refused its answer")
-        return error is None
+        self.call = _NO_CALL
 
     def _note(self, error: BaseException) -> None:
         if isinstance(error, (JobTimeoutError, OutcomeUnknownError)):
@@ -250,3 +259,70 @@ class Job:
         if self.options.retries and self.attempts:
             with suppress(AttributeError):  # a class with slots alone
                 BaseException.__setattr__(error, "attempts", self.attempts)
+
+
+_NO_CALL = b""  # of a job that is done: its arguments may be large
+
+
+def failed_job(error: Exception) -> Job:
+    """Give the job of a call that cannot be sent."""
+    job = Job(_NO_CALL, DEFAULTS)
+    job.set_exception(error)
+    return job
+
+
+# -- Groups ----------------------------------------------------------------------------
+# In the dispatcher's thread, where no signal's handler runs. The steps of one job's are
+# repeated here: to call them would take ten times as long.
+
+
+def taken(jobs: Sequence[Job]) -> list[Job]:
+    """Take jobs, and give those that are still to be done."""
+    with _lock:
+        for job in jobs:
+            if job._state == PENDING and job._made_condition is None:
+                job._state = RUNNING
+    return [job for job in jobs if job._state == RUNNING or job.take()]
+
+
+def end_unasked(ends: Sequence[_End]) -> list[_End]:
+    """Give jobs their results, where nobody is to be told.
+
+    Args:
+        ends: The jobs, each with its result or its exception.
+
+    Returns:
+        What is left: exceptions too, of which there is more to do.
+    """
+    others = []
+    with _lock:
+        for end in ends:
+            job, result, error = end
+            if error is None and job._state == RUNNING and job._made_condition is None:
+                job._result = result
+                job._state = FINISHED
+                job.call = _NO_CALL
+            else:
+                others.append(end)
+    return others
+
+
+def messages_for(jobs: Sequence[Job], number: int) -> list[Message]:
+    """Give what brings jobs to a worker: one message, if all have the same options.
+
+    Args:
+        jobs: They.
+        number: Of the first of them, in the worker's life.
+    """
+    messages = []
+    for options, run in itertools.groupby(jobs, operator.attrgetter("options")):
+        calls = [job.call for job in run]
+        encoded = dumps_options(options)
+        if len(calls) == 1 and not isinstance(calls[0], tuple):
+            # It may be long, and to pickle it once more is to copy it.
+            message = Message(Kind.JOB, [calls[0], encoded], number)
+        else:
+            message = Message(Kind.JOBS, [dumps_calls(calls), encoded], number)
+        messages.append(message)
+        number += len(calls)
+    return messages

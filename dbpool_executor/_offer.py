@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from ._boundary import loads_result
 from ._channel import Channel, Kind, Message, frame, unframe
-from ._job import Job, JobFuture
+from ._job import Job, messages_for
 from ._sockets import make_ends
 
 if TYPE_CHECKING:
@@ -87,7 +87,8 @@ class Offer:
         """
         if not self.is_open or self.taken is not None:
             return False
-        data = b"".join(frame(Message(Kind.JOB, job.parts, self.number)))
+        (message,) = messages_for([job], self.number)
+        data = b"".join(frame(message))
         if len(data) > _MOST:
             return False
         mine = job, data
@@ -164,13 +165,11 @@ class Offers:
             self._handover.ring()
         return offer
 
-    def read_answer(
-        self, future: JobFuture[object], timeout: float | None
-    ) -> float | None:
+    def read_answer(self, job: Job, timeout: float | None) -> float | None:
         """Read the answer of a job in the thread that waits for it, if that may be.
 
         Args:
-            future: Of the job.
+            job: It.
             timeout: Seconds to wait at most; None for no bound.
 
         Returns:
@@ -179,7 +178,7 @@ class Offers:
         offer, handover = self.standing, self._handover
         if offer is None or handover is None or offer.taken is None:
             return timeout
-        if offer.taken[0].future is not future or os.getpid() != self._pid:
+        if offer.taken[0] is not job or os.getpid() != self._pid:
             return timeout
         start = time.monotonic()
         try:
@@ -217,7 +216,7 @@ class Offers:
     def _settle(self, offer: Offer) -> bool:
         assert offer.told is not None  # noqa: S101 - it was just read
         job, answer = offer.told
-        if job.future.is_watched():
+        if job.is_asked_for():
             return False  # callbacks are called in the dispatcher's thread
         try:
             result = loads_result(answer.parts)
@@ -225,10 +224,10 @@ class Offers:
             # Raised by the value or by a handler of a signal? The dispatcher, which no
             # signal reaches, tries it as well.
             self._wake()
-            if job.future.exception() is None:
+            if job.exception() is None:
                 raise
             return True
-        if not job.future.set_unwatched_result(result):
+        if not job.end_unasked(result):
             return False
         offer.told = None
         return True

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import Engine
 
-from ._boundary import Buffer, loads_call
+from ._boundary import Buffer, Call, loads_calls, unpack_call
 from ._channel import Channel, Kind, Message, SharedChannel
 from ._database import Database, current_engine
 from ._exceptions import dumps_exception, set_cause
@@ -34,7 +34,7 @@ from ._inheritance import bury_inherited, freeze
 from ._leaving import leave
 from ._logs import Levels
 from ._notes import notes_on, watch_limit
-from ._options import DEFAULTS, loads_options
+from ._options import JobOptions, loads_options
 from ._phase import PhaseRecord
 from ._picklers import WITH_CODE, with_code
 from ._places import full_name
@@ -208,11 +208,12 @@ def _serve(channel: Channel, database: Database, record: PhaseRecord) -> None:
             return
         start = time.monotonic_ns()
         while messages:
-            _, parts, number = messages.popleft()
-            waiting = deque(parts)
+            kind, parts, number = messages.popleft()
+            options = loads_options(bytes(parts[1]))
+            calls = deque(loads_calls(parts[0]) if kind is Kind.JOBS else parts[:1])
             del parts  # its arguments may be large, and the next job long in coming
-            while waiting:
-                call, options = waiting.popleft(), waiting.popleft()
+            while calls:
+                call = calls.popleft()
                 if number > last:  # or it was sent twice, see Offer
                     last = number
                     # Begun before it is unpickled: unpickling runs the caller's code too.
@@ -234,10 +235,10 @@ def _serve(channel: Channel, database: Database, record: PhaseRecord) -> None:
 
 
 def _run(
-    database: Database, call: Buffer, encoded: Buffer
+    database: Database, call: Call, options: JobOptions
 ) -> tuple[Kind, Sequence[Buffer]]:
     try:
-        fn, args, kwargs = loads_call(call)
+        fn, args, kwargs = unpack_call(call)
     except BaseException as exc:
         what = f"{full_name(type(exc))}: {exc}"
         if isinstance(exc, AttributeError) and "__main__" in what:
@@ -245,7 +246,6 @@ def _run(
         error = ArgumentsLostError(what)
         set_cause(error, exc)
         return Kind.FAILURE, dumps_exception(error)
-    options = loads_options(bytes(encoded)) if encoded else DEFAULTS
     try:
         return Kind.RESULT, database.run(fn, args, kwargs, options)
     except Exception as exc:

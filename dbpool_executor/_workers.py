@@ -17,10 +17,9 @@ from typing import NamedTuple
 
 from . import _rules
 from ._boundary import Buffer
-from ._channel import Kind, Message
 from ._endings import Ending, error_at_end
 from ._exceptions import dumps_exception, loads_exception, set_cause
-from ._job import Job
+from ._job import Job, messages_for, taken
 from ._local import LocalWorker
 from ._offer import Offer
 from ._phase import RECALL_DELAY
@@ -33,6 +32,7 @@ LEAVE_GRACE = 5.0
 
 
 _GROUP_BYTES = 1 << 16  # of calls in one message; a longer one goes alone
+_SHORT_BYTES = 40  # of a short call among others, most often
 
 
 class Failure(NamedTuple):
@@ -273,10 +273,7 @@ class Workers:
         worker.sent += jobs
         size = _rules.group_size(self._seconds_per_job)
         groups = [jobs[first : first + size] for first in range(0, len(jobs), size)]
-        messages = [
-            Message(Kind.JOB, [p for job in group for p in job.parts], group[0].number)
-            for group in groups
-        ]
+        messages = [m for group in groups for m in messages_for(group, group[0].number)]
         self.watch(worker, sent=worker.body.channel.send(*messages))
         if len(worker.sent) > 1 and self._next_look == math.inf:
             self._next_look = time.monotonic() + _rules.PATIENCE
@@ -488,12 +485,11 @@ def _next_jobs(waiting: deque[Job], count: int, *, alone: bool) -> list[Job]:
         limited = job.options.timeout is not None
         if limited and (jobs or not alone):
             break
-        size += len(job.parts[0])
+        call = job.call
+        size += _SHORT_BYTES if type(call) is tuple else len(call)
         if size > _GROUP_BYTES and jobs:
             break
-        waiting.popleft()
-        if job.take():
-            jobs.append(job)
-            if limited:
-                break
-    return jobs
+        jobs.append(waiting.popleft())
+        if limited:
+            break
+    return taken(jobs)

@@ -22,8 +22,8 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from . import _worker
 from ._arguments import check_pickles, factory_of
-from ._boundary import Buffer
-from ._channel import Message
+from ._boundary import Buffer, Call
+from ._channel import Kind, Message
 from ._database import _NO_KEYWORDS, Database, _here
 from ._dispatcher import _FAILURE_PARTS, Dispatcher
 from ._drivers import is_aborted
@@ -31,7 +31,7 @@ from ._exceptions import dumps_exception
 from ._executor import DBPoolExecutor
 from ._inheritance import live_entries, pool_of
 from ._job import Job
-from ._options import DEFAULTS, JobOptions, dumps_options
+from ._options import DEFAULTS, JobOptions
 from ._parent import AnyEngine, _is_its_pool
 from ._phase import WORDS, PhaseRecord
 from .errors import DBPoolError, TransactionAbortedError
@@ -150,18 +150,20 @@ class _InlineDispatcher(Dispatcher):
         self._is_ours = is_ours
         self._database: _InlineDatabase | None = None  # until the first job
 
-    def add(self, job: Job) -> None:
+    def add(self, call: Call, options: JobOptions) -> Job:
         self.check_owner()
+        job = Job(call, options)
         with self._lock:
             self.check_open()
             self._start()
             told = self._run_job(job)
         # Outside the lock: callbacks may wait for another thread that submits.
-        job.attempts += 1
-        is_done = job.settle(told)
+        _, result, error = job.read(told)
         with self._lock:
-            self._done += is_done
-            self._failed += not is_done
+            self._done += error is None
+            self._failed += error is not None
+        job.end(result, error)
+        return job
 
     def check_owner(self) -> None:
         super().check_owner()
@@ -202,13 +204,14 @@ class _InlineDispatcher(Dispatcher):
             assert self._workers.failure is not None  # noqa: S101 - or it has started
             return self._workers.failure.error()
         options = self._database.adapted(job.options)
-        call, encoded = job.parts[0], dumps_options(options)
         while True:
-            told = Message(*_worker._run(self._database, call, encoded))
-            # A fourth part says that it may succeed when it is repeated.
-            if len(told.parts) <= _FAILURE_PARTS or job.attempts >= options.retries:
+            told = Message(*_worker._run(self._database, job.call, options))
+            if told.kind is Kind.RESULT:
                 return told
             job.attempts += 1
+            # A fourth part says that it may succeed when it is repeated.
+            if len(told.parts) <= _FAILURE_PARTS or job.attempts > options.retries:
+                return told
             self._retried += 1
 
     def _free(self) -> None:

@@ -66,7 +66,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_endings": {"_exceptions", "_job", "errors"},
     "_offer": {"_boundary", "_channel", "_job", "_sockets"},
     "_workers": {
-        "_boundary", "_channel", "_endings", "_exceptions", "_job", "_local", "_offer",
+        "_boundary", "_endings", "_exceptions", "_job", "_local", "_offer",
         "_phase", "_rules", "errors",
     },
     "_dispatcher": {

@@ -61,10 +61,12 @@ import servers
 import values
 from dbpool_executor import DBPoolExecutor, NotPlainError, Outcome
 from dbpool_executor._boundary import (
-    dumps_call,
+    dumps_calls,
     dumps_result,
-    loads_call,
+    loads_calls,
     loads_result,
+    pack_call,
+    unpack_call,
 )
 from dbpool_executor._picklers import remedy_for
 from dbpool_executor.errors import ArgumentsLostError, ResultLostError
@@ -157,12 +159,12 @@ def test_argument_with_a_tie_to_a_database_is_refused(
     make, _ = REFUSED[kind]
     value = make(session)
     with pytest.raises(NotPlainError) as caught:
-        dumps_call(print, (1, value), {})
+        pack_call(print, (1, value), {})
     assert caught.value.place == "args[1]"
     assert caught.value.outcome is Outcome.NEVER_STARTED
     assert "return" not in caught.value.remedy
     with pytest.raises(NotPlainError) as caught:
-        dumps_call(print, (), {"end": [value]})
+        pack_call(print, (), {"end": [value]})
     assert caught.value.place == "kwargs['end'][0]"
 
 
@@ -225,7 +227,7 @@ def test_message_says_what_which_why_and_what_now() -> None:
         "or a dict"
     )
     with pytest.raises(NotPlainError) as caught:
-        dumps_call(print, (), {"end": Item(id=1)})
+        pack_call(print, (), {"end": Item(id=1)})
     assert str(caught.value) == (
         "kwargs['end'] is a models.Item, which is tied to the process that made it and "
         "cannot leave it (the job's outcome: never started); pass its primary key or a "
@@ -264,7 +266,7 @@ def test_mapped_instance_in_an_array_or_frame_is_refused() -> None:
 def test_mapped_class_itself_is_plain() -> None:
     """A job may be told which class to work on, or to call one of its methods."""
     assert loads_result(dumps_result([Item, {"of": Item}])) == [Item, {"of": Item}]
-    fn, args, kwargs = loads_call(dumps_call(Item, (), {"name": "a"}))
+    fn, args, kwargs = unpack_call(pack_call(Item, (), {"name": "a"}))
     assert (fn, args, kwargs) == (Item, (), {"name": "a"})
 
 
@@ -281,7 +283,7 @@ def test_value_that_does_not_pickle_fails_as_itself_and_says_where() -> None:
         "plain values cross between processes"
     )
     with pytest.raises(TypeError) as lock:
-        dumps_call(print, (1, {2: threading.Lock()}), {})
+        pack_call(print, (1, {2: threading.Lock()}), {})
     (note,) = lock.value.__notes__
     assert note.startswith("args[1][2] is a _thread.lock, which does not pickle")
 
@@ -289,7 +291,7 @@ def test_value_that_does_not_pickle_fails_as_itself_and_says_where() -> None:
 def test_function_that_does_not_pickle_is_named() -> None:
     """The commonest case: a lambda."""
     with pytest.raises((pickle.PicklingError, AttributeError)) as caught:
-        dumps_call(lambda: None, (), {})
+        pack_call(lambda: None, (), {})
     (note,) = caught.value.__notes__
     assert note.startswith("fn is a function, which does not pickle")
 
@@ -356,8 +358,8 @@ def test_plain_value_comes_back_equal(kind: str) -> None:
     value = PLAIN[kind]
     for twin in (
         loads_result(dumps_result(value)),
-        loads_call(dumps_call(print, (value,), {}))[1][0],
-        loads_call(dumps_call(print, (), {"end": value}))[2]["end"],
+        unpack_call(pack_call(print, (value,), {}))[1][0],
+        unpack_call(pack_call(print, (), {"end": value}))[2]["end"],
     ):
         assert twin == value
         assert repr(twin) == repr(value) or isinstance(value, Thing)
@@ -392,17 +394,30 @@ def test_short_value_comes_back_as_it_was(value: object) -> None:
     """Those that need no look at what is inside; also as an argument."""
     back = loads_result(dumps_result(value))
     assert (type(back), back) == (type(value), value)
-    assert loads_call(dumps_call(max, (value, "text"), {}))[1] == (value, "text")
-    assert loads_call(dumps_call(jobs.pid, (value, "text"), {}))[1] == (value, "text")
+    assert unpack_call(pack_call(max, (value, "text"), {}))[1] == (value, "text")
+    assert unpack_call(pack_call(jobs.pid, (value, "text"), {}))[1] == (value, "text")
+
+
+SHORT = [(), (None, True, 7, -1.5), ("x" * 64,), (1,) * 8]
+LONG = [("x" * 65,), (1,) * 9, (1, "x" * 100_000), ([1],), (b"x",)]
+
+
+@pytest.mark.parametrize("args", [*SHORT, *LONG])
+def test_call_is_pickled_at_once_unless_it_is_short(args: tuple[object, ...]) -> None:
+    """A short one goes with hundreds of others, and must not make their message long."""
+    call = pack_call(jobs.give, args, {})
+    assert isinstance(call, bytes) == (args in LONG)
+    for packed in loads_calls(dumps_calls([call, call])):
+        assert unpack_call(packed) == (jobs.give, args, {})
 
 
 def test_call_is_copied_when_it_is_made() -> None:
     """What the caller changes after submit() does not reach the job."""
     array, items = np.zeros(10_000), [1]
-    call = dumps_call(print, (array, items), {})
+    call = pack_call(print, (array, items), {})
     array += 1
     items.append(2)
-    _, (array_then, items_then), _ = loads_call(call)
+    _, (array_then, items_then), _ = unpack_call(call)
     np.testing.assert_array_equal(array_then, np.zeros(10_000))
     assert items_then == [1]
 
@@ -701,31 +716,32 @@ def test_function_is_called_by_its_name_only_if_it_has_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Another one of that name is not called in its place."""
-    fn, args, kwargs = loads_call(dumps_call(jobs.add, (1, 2), {}))
+    fn, args, kwargs = unpack_call(pack_call(jobs.add, (1, 2), {}))
     assert (fn, args, kwargs) == (jobs.add, (1, 2), {})
     before = jobs.add
     monkeypatch.setattr(jobs, "add", lambda a, b: a * b)
     with pytest.raises(pickle.PicklingError, match="not the same object"):
-        dumps_call(before, (3, 4), {})
+        pack_call(before, (3, 4), {})
 
 
 def test_text_is_not_taken_for_the_name_of_a_module() -> None:
     """It is no function, and the job says so."""
-    assert loads_call(dumps_call("os", (1,), {})) == ("os", (1,), {})  # type: ignore[arg-type]
+    assert unpack_call(pack_call("os", (1,), {})) == ("os", (1,), {})  # type: ignore[arg-type]
 
 
 def test_module_that_was_not_imported_is_imported_for_a_call() -> None:
     """A worker comes by the modules of its jobs in this way."""
-    call = dumps_call(jobs.add, (1, 2), {})
+    calls = dumps_calls([pack_call(jobs.add, (1, 2), {})])
     program = (
-        "import sys; from dbpool_executor._boundary import loads_call\n"
+        "import sys; from dbpool_executor._boundary import loads_calls, unpack_call\n"
+        "(call,) = loads_calls(sys.stdin.buffer.read())\n"
         "assert 'jobs' not in sys.modules\n"
-        "fn, args, kwargs = loads_call(sys.stdin.buffer.read())\n"
+        "fn, args, kwargs = unpack_call(call)\n"
         "print(fn(*args, **kwargs))"
     )
     done = subprocess.run(
         [sys.executable, "-c", program],
-        input=call,
+        input=calls,
         capture_output=True,
         check=True,
         timeout=60,

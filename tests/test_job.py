@@ -20,10 +20,11 @@ from typing import Any, NoReturn
 
 import pytest
 
+from dbpool_executor._boundary import loads_calls
 from dbpool_executor._channel import Kind, Message
 from dbpool_executor._dispatcher import Dispatcher
-from dbpool_executor._job import Job, JobFuture
-from dbpool_executor._options import DEFAULTS
+from dbpool_executor._job import Job, end_unasked, messages_for, taken
+from dbpool_executor._options import DEFAULTS, loads_options
 from dbpool_executor._workers import _GROUP_BYTES, _next_jobs
 from waiting import LONGEST, wait_until
 
@@ -35,7 +36,7 @@ def never() -> NoReturn:
 
 def make_job(call: bytes = b"call", timeout: float | None = None) -> Job:
     """Make a job as ``submit()`` does."""
-    return Job(JobFuture(), [call, b""], DEFAULTS.with_(timeout=timeout))
+    return Job(call, DEFAULTS.with_(timeout=timeout))
 
 
 def in_thread(call: Any) -> threading.Thread:
@@ -51,32 +52,63 @@ def in_thread(call: Any) -> threading.Thread:
 @pytest.mark.parametrize("value", [None, 0, "text"])
 def test_result_that_nobody_waits_for_is_there(value: object) -> None:
     """It takes the short way, and is found by whoever comes later."""
-    future: JobFuture[object] = JobFuture()
-    assert future.set_running_or_notify_cancel()
-    assert not future.is_watched()
-    assert future.running()
-    future.set_result(value)
-    assert future.done()
-    assert future.result(0) is value
-    assert future.exception(0) is None
+    job = make_job()
+    assert job.take()
+    assert not end_unasked([(job, value, None)])
+    assert job.done()
+    assert not job.is_asked_for()
+    assert job.result(0) is value
+    assert job.exception(0) is None
     called: list[object] = []
-    future.add_done_callback(called.append)
-    assert called == [future]
-    assert wait([future], 0).done == {future}
+    job.add_done_callback(called.append)
+    assert called == [job]
+    assert wait([job], 0).done == {job}
+
+
+def test_short_way_is_closed_to_jobs_that_were_asked_for() -> None:
+    """And to what is cancelled, or done already, or has an exception."""
+    jobs = [make_job() for _ in range(6)]
+    asked, _, cancelled, done, failed, job = jobs
+    asked.add_done_callback(print)
+    assert cancelled.cancel()
+    assert taken([asked, cancelled, done, failed, job]) == [asked, done, failed, job]
+    assert [j._state for j in jobs] == [
+        "RUNNING", "PENDING", "CANCELLED_AND_NOTIFIED", "RUNNING", "RUNNING", "RUNNING"
+    ]  # fmt: skip
+    assert not end_unasked([(done, 1, None)])
+    ends = [(j, 2, LookupError() if j is failed else None) for j in jobs]
+    assert end_unasked(ends) == ends[:-1]
+    assert job.result(0) == 2
+    assert done.result(0) == 1
+
+
+def test_job_that_is_done_keeps_no_arguments() -> None:
+    """Its caller may keep the future, and they may be large."""
+    short, asked, failed = (make_job(bytes(100)) for _ in range(3))
+    for job in (short, asked, failed):
+        assert job.take()
+        assert job.call
+    asked.add_done_callback(lambda _: None)
+    end_unasked([(short, 1, None)])
+    asked.end(1, None)
+    failed.end(None, LookupError())
+    assert not (short.call or asked.call or failed.call)
 
 
 def test_future_has_what_every_future_has() -> None:
     """It does without ``Future.__init__``, whatever that may come to do."""
-    ours, theirs = JobFuture[None](), vars(Future())
+    ours, theirs = make_job(), vars(Future())
     condition = ours._condition
     assert isinstance(condition, type(theirs.pop("_condition")))
     assert condition is ours._condition
-    assert condition._lock is ours._lock
     assert {name: getattr(ours, name) for name in theirs} == theirs
 
 
 def test_collector_of_garbage_looks_at_a_fifth_for_a_future() -> None:
     """There may be a hundred thousand of them, and it looks at each more than once."""
+
+    def make_short() -> Job:
+        return Job(("jobs", "give", (1,)), DEFAULTS)
 
     def objects_of(make: Callable[[], object]) -> int:
         before = len(gc.get_objects())
@@ -86,14 +118,14 @@ def test_collector_of_garbage_looks_at_a_fifth_for_a_future() -> None:
     gc.collect()
     gc.disable()
     try:
-        assert objects_of(JobFuture) * 5 <= objects_of(Future)
+        assert objects_of(make_short) * 5 <= objects_of(Future)
     finally:
         gc.enable()
 
 
 def test_condition_is_let_go_of_however_often_it_was_entered() -> None:
     """A signal's handler may ask for the future that the main thread has in hand."""
-    condition = JobFuture[None]()._condition
+    condition = make_job()._condition
     entered = threading.Event()
 
     def wait_inside() -> None:
@@ -116,26 +148,26 @@ def test_each_who_waits_is_told() -> None:
     """In result(), by a callback, in wait() and in as_completed()."""
     told: list[object] = []
 
-    def by_result(future: JobFuture[int]) -> None:
+    def by_result(future: Job) -> None:
         told.append(future.result(LONGEST))
 
-    def by_wait(future: JobFuture[int]) -> None:
+    def by_wait(future: Job) -> None:
         told.append([f.result() for f in wait([future], LONGEST).done])
 
-    def by_as_completed(future: JobFuture[int]) -> None:
+    def by_as_completed(future: Job) -> None:
         told.append([f.result() for f in as_completed([future], LONGEST)])
 
     for waiter, expected in ((by_result, 5), (by_wait, [5]), (by_as_completed, [5])):
-        future: JobFuture[int] = JobFuture()
+        future = make_job()
         future.set_running_or_notify_cancel()
         thread = in_thread(lambda w=waiter, f=future: w(f))
-        wait_until(future.is_watched, "somebody who waits")
+        wait_until(future.is_asked_for, "somebody who waits")
         future.set_result(5)
         thread.join(LONGEST)
         assert told.pop() == expected
-    future = JobFuture()
+    future = make_job()
     future.add_done_callback(lambda f: told.append(f.result()))
-    assert future.is_watched()
+    assert future.is_asked_for()
     future.set_running_or_notify_cancel()
     future.set_result(6)
     assert told == [6]
@@ -143,10 +175,10 @@ def test_each_who_waits_is_told() -> None:
 
 def test_cancelled_future_is_neither_run_nor_given_a_result() -> None:
     """As for every future; a second result is refused as well."""
-    cancelled: JobFuture[int] = JobFuture()
+    cancelled = make_job()
     assert cancelled.cancel()
     assert not cancelled.set_running_or_notify_cancel()
-    done: JobFuture[int] = JobFuture()
+    done = make_job()
     done.set_running_or_notify_cancel()
     done.set_result(1)
     for future in (cancelled, done):
@@ -160,7 +192,7 @@ def test_cancelled_future_is_neither_run_nor_given_a_result() -> None:
 
 def test_result_that_is_not_there_in_time_is_told() -> None:
     """And the exception, once it is there, is raised each time."""
-    future: JobFuture[int] = JobFuture()
+    future = make_job()
     with pytest.raises(TimeoutError):
         future.result(0)
     future.set_running_or_notify_cancel()
@@ -176,8 +208,8 @@ def test_who_waits_is_woken_when_all_else_is_settled() -> None:
     made = [make_job() for _ in range(6)]
     seen: list[tuple[int, list[bool]]] = []
     for number in (1, 3):
-        made[number].future.add_done_callback(
-            lambda _, n=number: seen.append((n, [j.future.done() for j in made]))
+        made[number].add_done_callback(
+            lambda _, n=number: seen.append((n, [j.done() for j in made]))
         )
     for job in made:
         assert job.take()
@@ -185,7 +217,7 @@ def test_who_waits_is_woken_when_all_else_is_settled() -> None:
     dispatcher._settle()
     dispatcher.close()
     assert seen == [(1, [True, True, True, False, True, True]), (3, [True] * 6)]
-    assert all(job.future.result(0) is None for job in made)
+    assert all(job.result(0) is None for job in made)
 
 
 # -- A message -------------------------------------------------------------------------
@@ -194,7 +226,7 @@ def test_who_waits_is_woken_when_all_else_is_settled() -> None:
 def test_jobs_of_a_message_are_neither_cancelled_nor_limited_nor_long() -> None:
     """What is left waits for the next one, in order."""
     cancelled = make_job()
-    cancelled.future.cancel()
+    cancelled.cancel()
     limited = make_job(timeout=1.0)
     some = [make_job() for _ in range(3)]
     large = [make_job(bytes(_GROUP_BYTES // 2 + 1)) for _ in range(2)]
@@ -205,6 +237,28 @@ def test_jobs_of_a_message_are_neither_cancelled_nor_limited_nor_long() -> None:
     assert _next_jobs(waiting, 100, alone=False) == [some[2], large[0]]
     assert _next_jobs(waiting, 100, alone=False) == [large[1]]
     assert not waiting
+
+
+def test_jobs_with_the_same_options_go_in_one_message() -> None:
+    """In order; a pickle that would be alone in one is not pickled once more."""
+    short, limits = ("jobs", "give", (1,)), DEFAULTS.with_(retries=1)
+    jobs = [
+        *(Job(call, DEFAULTS) for call in (short, b"pickle", short)),
+        *(Job(call, limits) for call in (short, b"pickle")),
+        Job(b"pickle", DEFAULTS),
+        Job(short, limits),
+    ]
+    sent = []
+    for message in messages_for(jobs, 7):
+        first, options = message.parts
+        calls = loads_calls(first) if message.kind is Kind.JOBS else first
+        sent.append((message.number, calls, loads_options(bytes(options))))
+    assert sent == [
+        (7, [short, b"pickle", short], DEFAULTS),
+        (10, [short, b"pickle"], limits),
+        (12, b"pickle", DEFAULTS),
+        (13, [short], limits),
+    ]
 
 
 def test_no_more_jobs_go_in_a_message_than_were_asked_for() -> None:

@@ -24,8 +24,9 @@ import faults
 import jobs
 from dbpool_executor import DBPoolExecutor, ResultLostError, WorkerDiedError
 from dbpool_executor._channel import Channel, Kind, Message, frame
-from dbpool_executor._job import Job, JobFuture
+from dbpool_executor._job import Job
 from dbpool_executor._offer import Offer
+from dbpool_executor._options import DEFAULTS
 from dbpool_executor._sockets import make_ends
 from processes import MakeExecutor, dispatchers
 from servers import Database
@@ -49,7 +50,7 @@ def channels() -> Iterator[tuple[Channel, Channel]]:
 
 def job(call: bytes = b"call") -> Job:
     """Make a job as ``submit()`` does."""
-    return Job(JobFuture(), [call])
+    return Job(call, DEFAULTS)
 
 
 def finished(channel: Channel, offer: Offer) -> Job | None:
@@ -70,9 +71,9 @@ def test_first_job_is_sent_and_the_next_is_not(
     assert offer.take(first)
     assert not offer.take(job(b"other"))
     assert offer.unsent == b""
-    assert first.future.running()
+    assert first.running()
     assert finished(mine, offer) is first
-    assert theirs.receive() == [Message(Kind.JOB, [b"call"], 3)]
+    assert theirs.receive() == [Message(Kind.JOB, [b"call", b""], 3)]
 
 
 def test_job_that_comes_behind_one_that_waits_is_not_taken(
@@ -83,7 +84,7 @@ def test_job_that_comes_behind_one_that_waits_is_not_taken(
     offer, late = Offer(mine, 1), job()
     offer.is_open = False
     assert not offer.take(late)
-    assert late.future.cancel()
+    assert late.cancel()
     assert theirs.receive() == []
 
 
@@ -111,7 +112,7 @@ def test_full_socket_is_left_to_the_dispatcher(
     while theirs.receive():
         pass
     assert finished(mine, offer) is taken
-    assert theirs.receive() == [Message(Kind.JOB, [b"call"], 1)]
+    assert theirs.receive() == [Message(Kind.JOB, [b"call", b""], 1)]
 
 
 def test_worker_that_is_gone_is_left_to_the_dispatcher(
@@ -160,7 +161,7 @@ def test_job_that_is_submitted_in_the_middle_of_another_takes_its_place(
     Submits.submit = lambda _self: offer.take(second)
     assert not offer.take(first)
     assert finished(mine, offer) is second
-    assert theirs.receive() == [Message(Kind.JOB, [b"early"], 1)]
+    assert theirs.receive() == [Message(Kind.JOB, [b"early", b""], 1)]
 
 
 def test_answer_is_not_read_while_the_last_is_on_its_way_to_its_future(
@@ -227,13 +228,13 @@ def test_caller_that_waits_gives_way_to_the_dispatcher(
     """Other jobs come and are done while it reads, also by the same worker."""
     executor = with_offer(make_executor(sqlite_database.make_engine, 1))
     first = executor.submit(jobs.wait_at_gate, gate.address, "first")
-    assert isinstance(first, JobFuture)
+    assert isinstance(first, Job)
     gate.arrival()
     with ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(first.result, LONGEST)
         reads(executor)
         second = executor.submit(jobs.give, "second")
-        wait_until(first.is_watched, "the caller to wait as others do")
+        wait_until(first.is_asked_for, "the caller to wait as others do")
         gate.open()
         assert waiting.result(LONGEST) == "first"
         assert second.result(LONGEST) == "second"
@@ -489,7 +490,7 @@ def test_interrupted_taker_leaves_a_job_that_is_sent_once_or_never(
             assert seen == {}
         else:
             assert found is taker
-            assert seen == {step + 1: Message(Kind.JOB, [b"call"], step + 1)}
+            assert seen == {step + 1: Message(Kind.JOB, [b"call", b""], step + 1)}
         outcomes.add(found is None)
         if not has_struck():
             break
@@ -519,9 +520,9 @@ def test_interrupted_submit_leaves_a_whole_executor(
 
 
 READING = {
-    "JobFuture.result",
-    "JobFuture.is_watched",
-    "JobFuture.set_unwatched_result",
+    "Job.result",
+    "Job.is_asked_for",
+    "Job.end_unasked",
     "Offers.read_answer",
     "Offers._read",
     "Offers._settle",

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import values
-from dbpool_executor._boundary import dumps_call, dumps_result
+from dbpool_executor._boundary import dumps_result, pack_call
 from dbpool_executor._places import full_name, innermost, place_of
 from dbpool_executor.errors import NotPlainError
 from models import Item
@@ -184,7 +184,7 @@ def test_arguments_have_places_too() -> None:
     ]
     for fn, args, kwargs, place in calls:
         with pytest.raises(NotPlainError) as caught:
-            dumps_call(fn, args, kwargs)
+            pack_call(fn, args, kwargs)
         assert caught.value.place == place
         assert eval(place, {"fn": fn, "args": args, "kwargs": kwargs}) is item
 

@@ -16,11 +16,12 @@ from typing import Any, cast
 import pytest
 
 from dbpool_executor import _dispatcher
-from dbpool_executor._boundary import dumps_result
+from dbpool_executor._boundary import dumps_result, loads_calls
 from dbpool_executor._channel import Channel, Kind, Message
 from dbpool_executor._dispatcher import Dispatcher
-from dbpool_executor._job import Job, JobFuture
+from dbpool_executor._job import Job
 from dbpool_executor._local import LocalWorker
+from dbpool_executor._options import DEFAULTS
 from dbpool_executor._phase import RECALL_DELAY, WORDS, PhaseRecord, Progress
 from dbpool_executor._sockets import make_ends
 from dbpool_executor._workers import Worker, Workers
@@ -81,9 +82,12 @@ def workers() -> Iterator[Workers]:
             body_of(worker).theirs.close()
 
 
+CALL = "jobs", "pid", ()
+
+
 def make_jobs(count: int) -> list[Job]:
     """Make jobs as ``submit()`` does."""
-    return [Job(JobFuture(), [b"call", b""]) for _ in range(count)]
+    return [Job(CALL, DEFAULTS) for _ in range(count)]
 
 
 def answer(workers: Workers, worker: Worker, count: int) -> None:
@@ -107,9 +111,9 @@ def test_worker_gets_three_groups_each_of_which_is_a_message(workers: Workers) -
     assert len(waiting) == 30
     for worker in workers.all.values():
         messages = body_of(worker).messages()
-        assert [message.kind for message in messages] == [Kind.JOB] * 3
+        assert [message.kind for message in messages] == [Kind.JOBS] * 3
         assert [message.number for message in messages] == [1, 6, 11]
-        assert [len(message.parts) for message in messages] == [10, 10, 10]
+        assert [len(loads_calls(message.parts[0])) for message in messages] == [5] * 3
     first, second = workers.all.values()
     answer(workers, first, 7)
     answer(workers, second, 4)
@@ -209,8 +213,8 @@ def test_long_answers_are_settled_one_by_one_and_in_turn(
             if set(worker.sent) & set(jobs[:3]):
                 workers._kill_at[worker] = 0.0
     dispatcher._settle()
-    assert all(job.future.result(0) == bytes(100_000) for job in jobs[:3])
-    assert not any(job.future.done() for job in jobs[3:])
+    assert all(job.result(0) == bytes(100_000) for job in jobs[:3])
+    assert not any(job.done() for job in jobs[3:])
     assert not any(body_of(worker).is_killed for worker in workers.all.values())
 
 
@@ -271,8 +275,8 @@ def when_callers_gave_way(
     def submit_meanwhile(_timeout: float | None) -> list[Any]:
         for millisecond in range(6):
             pauses = len(clock.pauses)
-            for job in make_jobs(2):
-                dispatcher.add(job)
+            for _ in range(2):
+                dispatcher.add(CALL, DEFAULTS)
             found.extend([millisecond] * (len(clock.pauses) - pauses))
             clock.now += 0.001
         return select(0.0)
