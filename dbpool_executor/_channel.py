@@ -16,7 +16,6 @@ import enum
 import functools
 import socket
 import struct
-import threading
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
@@ -320,45 +319,6 @@ def unframe(data: bytes) -> Message | None:
 @functools.lru_cache(maxsize=64)
 def _lengths(count: int) -> struct.Struct:
     return struct.Struct(f"<{count}Q")
-
-
-class SharedChannel(Channel):
-    """A channel that several threads send on, and finalizers in the middle of it."""
-
-    def __init__(self, end: socket.socket) -> None:
-        super().__init__(end)
-        self._waiting: deque[tuple[Message, ...]] = deque()
-        self._sending = threading.Lock()  # from the first byte of a message to its last
-
-    def send(self, *messages: Message) -> bool:
-        """Send messages, now or when those that are being sent are through.
-
-        Returns:
-            As for :meth:`Channel.flush`.
-        """
-        self._waiting.append(messages)
-        # Not waited for: garbage collection may log in the middle of a message, in the
-        # very thread that sends it. Who has the lock sends what came meanwhile, and
-        # looks again once it has let go.
-        while self._waiting and self._sending.acquire(blocking=False):
-            self._send_waiting()
-        return True
-
-    def send_one(self, kind: Kind, parts: Sequence[Buffer], number: int) -> bool:
-        """Do as :meth:`send` does."""
-        return self.send(Message(kind, parts, number))
-
-    def drain(self) -> None:
-        """Wait until all is sent, in whatever thread."""
-        self._sending.acquire()
-        self._send_waiting()
-
-    def _send_waiting(self) -> None:
-        try:
-            while self._waiting:
-                super().send(*self._waiting.popleft())
-        finally:
-            self._sending.release()
 
 
 class _LargeMessage:

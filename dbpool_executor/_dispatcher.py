@@ -6,11 +6,9 @@ it sends the jobs that wait to idle workers, and settles the futures of those an
 
 from __future__ import annotations
 
-import heapq
 import logging
 import math
 import os
-import random
 import selectors
 import threading
 import time
@@ -29,6 +27,7 @@ from ._local import LocalWorker
 from ._logs import handle_record
 from ._offer import Offers
 from ._options import DEFAULTS, JobOptions
+from ._repeats import Repeats
 from ._sockets import make_ends
 from ._stats import Stats
 from ._worker import outcome_of_transaction
@@ -93,8 +92,7 @@ class Dispatcher:
         self._workers = Workers(start_worker, max_workers, max_jobs, self._selector)
         self._postponed: set[Worker] = set()  # whose answers another's made wait
         self._told: list[tuple[Job, Message | BaseException]] = []  # to be settled
-        # To be repeated, and why; a heap by the time.
-        self._later: list[tuple[float, int, Job, Message | BaseException]] = []
+        self._repeats = Repeats()
         self._killed = False  # no job will be sent again
         self._done = self._failed = self._retried = 0
 
@@ -228,7 +226,7 @@ class Dispatcher:
         return Stats(
             workers=workers,
             idle=min(idle, workers - busy),
-            queued=len(self._waiting) + len(self._later),
+            queued=len(self._waiting) + len(self._repeats),
             running=busy,
             done=done,
             failed=self._failed,
@@ -273,7 +271,7 @@ class Dispatcher:
     def _is_over(self) -> bool:
         if not self._is_ending() or self._workers.all:
             return False
-        if self._told or self._later:
+        if self._told or self._repeats:
             return False
         with self._lock:
             return not self._waiting
@@ -286,8 +284,8 @@ class Dispatcher:
             self._killed = True
             for worker in workers.all.values():
                 send(worker.body)
-        while self._later and self._later[0][0] <= time.monotonic():
-            self._waiting.append(heapq.heappop(self._later)[2])
+        if self._repeats:
+            self._waiting += self._repeats.due()
         if self._cancelling or workers.failure is not None:
             self._drop_waiting()
         self._waiting.extendleft(reversed(workers.take_back(len(self._waiting))))
@@ -295,7 +293,7 @@ class Dispatcher:
             workers.send_from(self._waiting)
             for _ in range(workers.starts_due(len(self._waiting))):
                 workers.start_one()
-        if self._is_ending() and not (self._waiting or self._later):
+        if self._is_ending() and not (self._waiting or self._repeats):
             workers.tell_all_to_leave()
 
     def _wait(self) -> None:
@@ -376,13 +374,10 @@ class Dispatcher:
         waiting = len(self._waiting)
         if waiting and (workers.idle or workers.failure or workers.starts_due(waiting)):
             return 0.0
-        if self._is_ending() and not (workers.all or self._later):
+        if self._is_ending() and not (workers.all or self._repeats):
             return 0.0
-        timeout = workers.seconds_to_deadline(waiting)
-        if self._later:
-            pause = max(0.0, self._later[0][0] - time.monotonic())
-            timeout = pause if timeout is None else min(pause, timeout)
-        return timeout
+        times = workers.seconds_to_deadline(waiting), self._repeats.seconds_until_due()
+        return min((seconds for seconds in times if seconds is not None), default=None)
 
     def _receive(self, worker: Worker) -> None:
         try:
@@ -447,10 +442,7 @@ class Dispatcher:
             return
         job.attempts += 1
         self._retried += 1
-        delay = _rules.delay_before_repeat(job.attempts, random.random())  # noqa: S311
-        log.info("a job failed %d times, again in %.2f s", job.attempts, delay)
-        entry = (time.monotonic() + delay, self._retried, job, told)
-        heapq.heappush(self._later, entry)
+        self._repeats.add(job, told)
 
     def _resolve(self, job: Job, error: DBPoolError, xid: int) -> None:
         """Have another worker ask the server what became of a transaction."""
@@ -490,8 +482,7 @@ class Dispatcher:
         """Cancel what waits, or fail it where it cannot be cancelled any more."""
         failure = self._workers.failure
         if self._killed or failure is not None:
-            self._told += ((job, told) for *_, job, told in self._later)
-            self._later.clear()
+            self._told += self._repeats.give_up()
         kept = []
         while self._waiting:
             job = self._waiting.popleft()

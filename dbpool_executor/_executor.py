@@ -2,14 +2,15 @@
 
 Runs in the parent. The way of a job::
 
-    submit() --Job--> Dispatcher --Message(JOB)--> worker: main() --> Database.run()
-       |                  |                                               |
-     Future <----- Job.settle() <---Message(RESULT or FAILURE)------------+
+    submit() --Call--> Dispatcher --Message(JOBS)--> worker: main() --> Database.run()
+       |                   |                                                |
+       +------ Job <-------+-------Message(RESULT or FAILURE)---------------+
 
-The caller's thread pickles the call and queues it, or sends it by itself to a worker
-that the dispatcher offers. The dispatcher, one thread for each executor, sends what is
-queued over the private channels of the workers and settles the futures with what comes
-back. The worker runs the job as one transaction.
+The caller's thread packs the call into a job, which is the future that it gets, and
+queues it, or sends it by itself to a worker that the dispatcher offers. The dispatcher,
+one thread for each executor, sends what is queued over the private channels of the
+workers and settles the jobs with what comes back. The worker runs each as one
+transaction.
 """
 
 from __future__ import annotations

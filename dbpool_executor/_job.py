@@ -5,9 +5,7 @@ Runs in the parent.
 
 from __future__ import annotations
 
-import itertools
 import logging
-import operator
 import os
 import threading
 from collections.abc import Callable, Collection, Sequence
@@ -16,10 +14,10 @@ from concurrent.futures._base import FINISHED, PENDING, RUNNING
 from contextlib import suppress
 from typing import Any, TypeAlias
 
-from ._boundary import Call, dumps_calls, loads_result
+from ._boundary import Call, loads_result
 from ._channel import Kind, Message
 from ._exceptions import loads_exception, set_cause
-from ._options import DEFAULTS, JobOptions, dumps_options
+from ._options import DEFAULTS, JobOptions
 from .errors import JobTimeoutError, Outcome, OutcomeUnknownError, ResultLostError
 
 log = logging.getLogger("dbpool_executor")
@@ -305,24 +303,3 @@ def end_unasked(ends: Sequence[_End]) -> list[_End]:
             else:
                 others.append(end)
     return others
-
-
-def messages_for(jobs: Sequence[Job], number: int) -> list[Message]:
-    """Give what brings jobs to a worker: one message, if all have the same options.
-
-    Args:
-        jobs: They.
-        number: Of the first of them, in the worker's life.
-    """
-    messages = []
-    for options, run in itertools.groupby(jobs, operator.attrgetter("options")):
-        calls = [job.call for job in run]
-        encoded = dumps_options(options)
-        if len(calls) == 1 and not isinstance(calls[0], tuple):
-            # It may be long, and to pickle it once more is to copy it.
-            message = Message(Kind.JOB, [calls[0], encoded], number)
-        else:
-            message = Message(Kind.JOBS, [dumps_calls(calls), encoded], number)
-        messages.append(message)
-        number += len(calls)
-    return messages

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 
 from ._boundary import loads_result
 from ._channel import Channel, Kind, Message, frame, unframe
-from ._job import Job, messages_for
+from ._groups import messages_for
+from ._job import Job
 from ._sockets import make_ends
 
 if TYPE_CHECKING:

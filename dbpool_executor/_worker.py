@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, TypeVar
 from sqlalchemy import Engine
 
 from ._boundary import Buffer, Call, loads_calls, unpack_call
-from ._channel import Channel, Kind, Message, SharedChannel
+from ._channel import Channel, Kind, Message
 from ._database import Database, current_engine
 from ._exceptions import dumps_exception, set_cause
 from ._inheritance import bury_inherited, freeze
@@ -39,6 +39,7 @@ from ._phase import PhaseRecord
 from ._picklers import WITH_CODE, with_code
 from ._places import full_name
 from ._resolution import outcome_of
+from ._shared_channel import SharedChannel
 from ._sockets import own_end
 from .errors import ArgumentsLostError, Outcome
 

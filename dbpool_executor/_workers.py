@@ -19,7 +19,8 @@ from . import _rules
 from ._boundary import Buffer
 from ._endings import Ending, error_at_end
 from ._exceptions import dumps_exception, loads_exception, set_cause
-from ._job import Job, messages_for, taken
+from ._groups import messages_for, next_jobs
+from ._job import Job
 from ._local import LocalWorker
 from ._offer import Offer
 from ._phase import RECALL_DELAY
@@ -29,10 +30,6 @@ log = logging.getLogger("dbpool_executor")
 
 LEAVE_GRACE = 5.0
 """Seconds for a worker that has only to leave to dispose its engine and end."""
-
-
-_GROUP_BYTES = 1 << 16  # of calls in one message; a longer one goes alone
-_SHORT_BYTES = 40  # of a short call among others, most often
 
 
 class Failure(NamedTuple):
@@ -255,7 +252,7 @@ class Workers:
                 # It has enough, by what is known now of how long jobs take.
                 del self._short[worker]
                 continue
-            jobs = _next_jobs(waiting, count, alone=not worker.sent)
+            jobs = next_jobs(waiting, count, alone=not worker.sent)
             if jobs:
                 self._send(worker, jobs)
             elif worker.sent:
@@ -468,28 +465,3 @@ class Workers:
         limit = job.options.timeout if worker.is_overdue else None
         error = error_at_end(died, timeout=limit)
         return Ending(others, job, error, worker.body.xid())
-
-
-def _next_jobs(waiting: deque[Job], count: int, *, alone: bool) -> list[Job]:
-    """Take the next jobs that are not cancelled; one with a timeout only by itself.
-
-    Args:
-        waiting: The jobs.
-        count: How many at most.
-        alone: Whether the worker has no other job.
-    """
-    jobs: list[Job] = []
-    size = 0
-    while waiting and len(jobs) < count:
-        job = waiting[0]
-        limited = job.options.timeout is not None
-        if limited and (jobs or not alone):
-            break
-        call = job.call
-        size += _SHORT_BYTES if type(call) is tuple else len(call)
-        if size > _GROUP_BYTES and jobs:
-            break
-        jobs.append(waiting.popleft())
-        if limited:
-            break
-    return taken(jobs)

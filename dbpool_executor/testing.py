@@ -3,9 +3,9 @@
 Runs in the parent. What a worker does with a job is done in the caller's thread, by the
 worker's own functions, and the parent's do the rest::
 
-    submit() --Job--> _InlineDispatcher --Message(JOB)--> _run() --> Database.run()
-       |                  |                                            |
-     Future <-- Job.settle() <---------Message(RESULT or FAILURE)------+
+    submit() --Call--> _InlineDispatcher --Job--> _run() --> Database.run()
+       |                   |                                     |
+       +------ Job <-------+-------Message(RESULT or FAILURE)----+
 """
 
 from __future__ import annotations

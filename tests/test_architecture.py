@@ -33,6 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_picklers": {"_places"},
     "_boundary": {"_picklers", "_places", "errors"},
     "_channel": {"_boundary"},
+    "_shared_channel": {"_boundary", "_channel"},
     "_exceptions": {"_boundary", "_picklers", "_places", "errors"},
     "_logs": {"_boundary"},
     # Workers.
@@ -51,7 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_worker": {
         "_boundary", "_channel", "_database", "_exceptions", "_forwarder", "_inheritance",
         "_leaving", "_logs", "_notes", "_options", "_phase", "_picklers", "_places", "_resolution",
-        "_sockets", "errors",
+        "_shared_channel", "_sockets", "errors",
     },
     # The parent.
     "_exit": set(),
@@ -64,14 +65,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_job": {"_boundary", "_channel", "_exceptions", "_options", "errors"},
     "_local": {"_channel", "_inheritance", "_parent", "_phase", "_sockets", "_worker"},
     "_endings": {"_exceptions", "_job", "errors"},
-    "_offer": {"_boundary", "_channel", "_job", "_sockets"},
+    "_groups": {"_boundary", "_channel", "_job", "_options"},
+    "_offer": {"_boundary", "_channel", "_groups", "_job", "_sockets"},
+    "_repeats": {"_channel", "_job", "_rules", "errors"},
     "_workers": {
-        "_boundary", "_endings", "_exceptions", "_job", "_local", "_offer",
+        "_boundary", "_endings", "_exceptions", "_groups", "_job", "_local", "_offer",
         "_phase", "_rules", "errors",
     },
     "_dispatcher": {
         "_boundary", "_channel", "_endings", "_exit", "_job", "_local", "_logs",
-        "_offer", "_options", "_rules", "_sockets", "_stats", "_worker", "_workers", "errors",
+        "_offer", "_options", "_repeats", "_rules", "_sockets", "_stats", "_worker", "_workers", "errors",
     },
     "_executor": {
         "_arguments", "_boundary", "_dispatcher", "_job", "_local", "_logs",

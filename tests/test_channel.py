@@ -23,7 +23,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dbpool_executor._channel import Channel, Kind, Message, SharedChannel
+from dbpool_executor._channel import Channel, Kind, Message
+from dbpool_executor._shared_channel import SharedChannel
 from dbpool_executor._sockets import make_ends
 from waiting import LONGEST
 

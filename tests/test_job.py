@@ -23,9 +23,9 @@ import pytest
 from dbpool_executor._boundary import loads_calls
 from dbpool_executor._channel import Kind, Message
 from dbpool_executor._dispatcher import Dispatcher
-from dbpool_executor._job import Job, end_unasked, messages_for, taken
+from dbpool_executor._groups import _GROUP_BYTES, messages_for, next_jobs
+from dbpool_executor._job import Job, end_unasked, taken
 from dbpool_executor._options import DEFAULTS, loads_options
-from dbpool_executor._workers import _GROUP_BYTES, _next_jobs
 from waiting import LONGEST, wait_until
 
 
@@ -231,11 +231,11 @@ def test_jobs_of_a_message_are_neither_cancelled_nor_limited_nor_long() -> None:
     some = [make_job() for _ in range(3)]
     large = [make_job(bytes(_GROUP_BYTES // 2 + 1)) for _ in range(2)]
     waiting = deque([some[0], cancelled, some[1], limited, some[2], *large])
-    assert _next_jobs(waiting, 100, alone=True) == some[:2]
-    assert _next_jobs(waiting, 100, alone=False) == []
-    assert _next_jobs(waiting, 100, alone=True) == [limited]
-    assert _next_jobs(waiting, 100, alone=False) == [some[2], large[0]]
-    assert _next_jobs(waiting, 100, alone=False) == [large[1]]
+    assert next_jobs(waiting, 100, alone=True) == some[:2]
+    assert next_jobs(waiting, 100, alone=False) == []
+    assert next_jobs(waiting, 100, alone=True) == [limited]
+    assert next_jobs(waiting, 100, alone=False) == [some[2], large[0]]
+    assert next_jobs(waiting, 100, alone=False) == [large[1]]
     assert not waiting
 
 
@@ -264,7 +264,7 @@ def test_jobs_with_the_same_options_go_in_one_message() -> None:
 def test_no_more_jobs_go_in_a_message_than_were_asked_for() -> None:
     """One that is too long for any group goes as well, alone."""
     waiting = deque(make_job() for _ in range(5))
-    assert len(_next_jobs(waiting, 2, alone=True)) == 2
+    assert len(next_jobs(waiting, 2, alone=True)) == 2
     waiting = deque([make_job(bytes(10 * _GROUP_BYTES)), make_job()])
-    assert len(_next_jobs(waiting, 2, alone=True)) == 1
+    assert len(next_jobs(waiting, 2, alone=True)) == 1
     assert len(waiting) == 1

@@ -1,0 +1,65 @@
+"""Which jobs go together to a worker, and in which messages.
+
+Runs in the parent.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections import deque
+from collections.abc import Sequence
+
+from ._boundary import dumps_calls
+from ._channel import Kind, Message
+from ._job import Job, taken
+from ._options import dumps_options
+
+_GROUP_BYTES = 1 << 16  # of calls in one message; a longer one goes alone
+_SHORT_BYTES = 40  # of a short call among others, most often
+
+
+def next_jobs(waiting: deque[Job], count: int, *, alone: bool) -> list[Job]:
+    """Take the next jobs that are not cancelled; one with a timeout only by itself.
+
+    Args:
+        waiting: The jobs.
+        count: How many at most.
+        alone: Whether the worker has no other job.
+    """
+    jobs: list[Job] = []
+    size = 0
+    while waiting and len(jobs) < count:
+        job = waiting[0]
+        limited = job.options.timeout is not None
+        if limited and (jobs or not alone):
+            break
+        call = job.call
+        size += _SHORT_BYTES if type(call) is tuple else len(call)
+        if size > _GROUP_BYTES and jobs:
+            break
+        jobs.append(waiting.popleft())
+        if limited:
+            break
+    return taken(jobs)
+
+
+def messages_for(jobs: Sequence[Job], number: int) -> list[Message]:
+    """Give what brings jobs to a worker: one message, if all have the same options.
+
+    Args:
+        jobs: They.
+        number: Of the first of them, in the worker's life.
+    """
+    messages = []
+    for options, run in itertools.groupby(jobs, operator.attrgetter("options")):
+        calls = [job.call for job in run]
+        encoded = dumps_options(options)
+        if len(calls) == 1 and not isinstance(calls[0], tuple):
+            # It may be long, and to pickle it once more is to copy it.
+            message = Message(Kind.JOB, [calls[0], encoded], number)
+        else:
+            message = Message(Kind.JOBS, [dumps_calls(calls), encoded], number)
+        messages.append(message)
+        number += len(calls)
+    return messages
