@@ -383,13 +383,16 @@ def test_crashes_leave_nothing_behind(
 def test_worker_is_replaced_after_its_last_task(
     sqlite_database: Database, context: BaseContext, make_executor: MakeExecutor
 ) -> None:
-    """``max_tasks_per_child``: nobody does more, and no job is lost or run twice."""
+    """``max_tasks_per_child``: nobody does more, and no job is lost or run twice.
+
+    On a busy machine somebody may do less, from whom a job was taken back.
+    """
     executor = make_executor(
         sqlite_database.make_engine, 1, context, max_tasks_per_child=2
     )
     futures = [executor.submit(jobs.insert_and_tell_pid, f"item {i}") for i in range(6)]
     pids = [future.result(LONGEST) for future in futures]
-    assert sorted(Counter(pids).values()) == [2, 2, 2]
+    assert max(Counter(pids).values()) == 2
     assert sqlite_database.count() == 6
 
 
