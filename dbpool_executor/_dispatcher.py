@@ -22,14 +22,14 @@ from ._boundary import Call, pack_call
 from ._channel import Kind, Message
 from ._endings import Ending, resolved_error
 from ._exit import at_exit
-from ._job import Job, end_unasked
+from ._job import Job, Told, end_unasked
 from ._local import LocalWorker
 from ._logs import handle_record
 from ._offer import Offers
 from ._options import DEFAULTS, JobOptions
 from ._repeats import Repeats
-from ._sockets import make_ends
 from ._stats import Stats
+from ._streams import make_ends
 from ._worker import outcome_of_transaction
 from ._workers import Worker, Workers
 from .errors import DBPoolError, Outcome, OutcomeUnknownError, WorkerDiedError
@@ -91,7 +91,7 @@ class Dispatcher:
         self._offers = Offers(self._lock, self._selector, self._wake)
         self._workers = Workers(start_worker, max_workers, max_jobs, self._selector)
         self._postponed: set[Worker] = set()  # whose answers another's made wait
-        self._told: list[tuple[Job, Message | BaseException]] = []  # to be settled
+        self._told: list[tuple[Job, Told]] = []  # to be settled
         self._repeats = Repeats()
         self._killed = False  # no job will be sent again
         self._done = self._failed = self._retried = 0
@@ -342,6 +342,9 @@ class Dispatcher:
                 # that waits for it leaves this thread a processor.
                 self._postponed.add(worker)
                 continue
+            if key.fileobj is worker.body.answers:
+                self._take_answers(worker)
+                continue
             if mask & selectors.EVENT_WRITE:
                 workers.watch(worker, sent=worker.body.channel.flush())
             if mask & selectors.EVENT_READ:
@@ -383,11 +386,28 @@ class Dispatcher:
         try:
             messages = worker.body.channel.receive()
         except EOFError:
+            self._take_answers(worker)
             self._note_ending(self._workers.bury(worker))
             return
         self._take_in(worker, messages)
 
+    def _take_answers(self, worker: Worker) -> None:
+        """Read short answers, up to a job whose answer comes over the channel."""
+        reader = worker.body.answers
+        reader.read()
+        answers, sent, told = reader.answers, worker.sent, self._told
+        answered = nanoseconds = 0
+        while answers and sent and answers[0].number == sent[0].number:
+            answer = answers.popleft()
+            told.append((sent.popleft(), answer.pickle))
+            answered += 1
+            nanoseconds += answer.nanoseconds
+        if answered:
+            self._workers.note_answers(worker, answered, nanoseconds, 0)
+
     def _take_in(self, worker: Worker, messages: list[Message]) -> None:
+        # Those that came before; what comes behind is looked for at the end.
+        self._take_answers(worker)
         answered = nanoseconds = 0
         returned: list[Job] = []
         for message in messages:
@@ -419,6 +439,8 @@ class Dispatcher:
                 worker.start_failure = message.parts
         self._waiting.extendleft(reversed(returned))
         self._workers.note_answers(worker, answered, nanoseconds, len(returned))
+        if not worker.body.answers.is_empty:
+            self._take_answers(worker)
 
     def _note_ending(self, ending: Ending) -> None:
         self._waiting.extendleft(reversed(ending.again))
@@ -520,6 +542,6 @@ class Dispatcher:
         self._ear.close()
 
 
-def _may_take_long(told: Message | BaseException) -> bool:
+def _may_take_long(told: Told) -> bool:
     """Say whether it may take milliseconds to unpickle an answer."""
     return isinstance(told, Message) and len(told.parts[0]) > _LONG_PICKLE

@@ -226,7 +226,7 @@ def _inherited_pools() -> set[Pool | None]:
 
 def _stowaways() -> list[object]:
     """Give the connections that this process shares with its parent, unburied."""
-    ours, theirs = _sockets("self"), _sockets(str(os.getppid()))
+    ours, theirs = _streams("self"), _streams(str(os.getppid()))
     shared = {fd for fd, inode in ours.items() if inode in theirs.values()}
     return [e for e in _connections() if shared & _descriptors(e)] if shared else []
 
@@ -303,7 +303,7 @@ def _descriptors(value: object) -> set[int]:
     return found
 
 
-def _sockets(process: str) -> dict[int, str]:
+def _streams(process: str) -> dict[int, str]:
     """Give the sockets of a process, descriptor and inode, where /proc tells them."""
     found = {}
     with suppress(OSError):

@@ -14,7 +14,7 @@ from concurrent.futures._base import FINISHED, PENDING, RUNNING
 from contextlib import suppress
 from typing import Any, TypeAlias
 
-from ._boundary import Call, loads_result
+from ._boundary import Buffer, Call, loads_result
 from ._channel import Kind, Message
 from ._exceptions import loads_exception, set_cause
 from ._options import DEFAULTS, JobOptions
@@ -70,6 +70,9 @@ class _Condition(threading.Condition):
     def _acquire_restore(self, state: object) -> None:
         self._lock._acquire_restore(state)
 
+
+Told = Message | bytes | BaseException
+"""What a job ends by: an answer, the pickle of a short one, or an error of the parent's."""
 
 _End: TypeAlias = "tuple[Job, Any, BaseException | None]"
 _ReadAnswer: TypeAlias = "Callable[[Job, float | None], float | None]"
@@ -200,21 +203,25 @@ class Job(Future[Any]):
         """Say whether somebody may have to be told when it is done."""
         return self._made_condition is not None
 
-    def read(self, told: Message | BaseException) -> _End:
+    def read(self, told: Told) -> _End:
         """Read what an answer brings.
 
         Args:
-            told: The worker's answer, or an error of the parent's own.
+            told: The answer, or an error of the parent's own.
 
         Returns:
             This job, with its result or its exception.
         """
         if isinstance(told, BaseException):
             return self, None, told
-        if told.kind is Kind.FAILURE:
+        if isinstance(told, bytes):
+            parts: Sequence[Buffer] = (told,)
+        elif told.kind is Kind.FAILURE:
             return self, None, loads_exception(told.parts)
+        else:
+            parts = told.parts
         try:
-            return self, loads_result(told.parts), None
+            return self, loads_result(parts), None
         except BaseException as exc:  # also a SystemExit must not end the thread
             commits = self.options.commit
             outcome = Outcome.COMMITTED if commits else Outcome.UNKNOWN

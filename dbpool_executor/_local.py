@@ -12,11 +12,12 @@ from contextlib import contextmanager, nullcontext
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
 
+from ._answers import AnswerReader
 from ._channel import Channel
 from ._inheritance import thorough
 from ._parent import prepare_fork
 from ._phase import WORDS, PhaseRecord, Progress
-from ._sockets import kept_by_child, make_ends
+from ._streams import kept_by_child, make_ends, make_pipe
 from ._worker import SentSetup, WorkerSetup, begin, main
 
 _NAME = "DBPoolWorker"
@@ -51,19 +52,33 @@ class LocalWorker:
         mine, theirs = make_ends()
         mine.setblocking(False)
         self.channel = Channel(mine)
+        read, written = make_pipe()
+        self.answers = AnswerReader(read)
         self._process = context.Process(  # type: ignore[attr-defined]
             target=main,
             # What is pickled gets it with its name, and sooner.
-            args=(theirs if forks else None, SentSetup((setup, words))),
+            args=(theirs if forks else None, SentSetup((setup, words, written))),
             name=_NAME if forks else _FirstName(_NAME, theirs),
         )
         try:
-            with theirs, kept_by_child(theirs), thorough(), _sigint_blocked():
+            with (
+                theirs,
+                written,
+                kept_by_child(theirs, written),
+                thorough(),
+                _sigint_blocked(),
+            ):
                 self._process.start()
         except BaseException:
             self.channel.close()
+            self.answers.close()
             raise
         self.pid: int = self._process.pid
+
+    @property
+    def bytes_received(self) -> int:
+        """Of all its answers."""
+        return self.channel.bytes_received + self.answers.bytes_received
 
     def progress(self) -> Progress:
         """Read the phase record, also after the worker's death."""
@@ -92,6 +107,7 @@ class LocalWorker:
             The exit code, as in ``multiprocessing.Process.exitcode``.
         """
         self.channel.close()
+        self.answers.close()
         # The channel ends with the process, unless the job closed it.
         self._process.join(_END_GRACE)
         if self._process.is_alive():

@@ -23,7 +23,7 @@ from ._boundary import loads_result
 from ._channel import Channel, Kind, Message, frame, unframe
 from ._groups import messages_for
 from ._job import Job
-from ._sockets import make_ends
+from ._streams import make_ends
 
 if TYPE_CHECKING:
     from selectors import EpollSelector

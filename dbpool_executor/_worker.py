@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, MutableSequence, Sequence
 from contextlib import suppress
 from functools import partial
+from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from multiprocessing.util import Finalize
 from types import TracebackType
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import Engine
 
+from ._answers import AnswerWriter
 from ._boundary import Buffer, Call, loads_calls, unpack_call
 from ._channel import Channel, Kind, Message
 from ._database import Database, current_engine
@@ -40,7 +42,7 @@ from ._picklers import WITH_CODE, with_code
 from ._places import full_name
 from ._resolution import outcome_of
 from ._shared_channel import SharedChannel
-from ._sockets import own_end
+from ._streams import own_end
 from .errors import ArgumentsLostError, Outcome
 
 T = TypeVar("T")
@@ -60,31 +62,35 @@ class WorkerSetup(NamedTuple):
     log_levels: Levels | None  # None if log records stay in the worker
 
 
+_Setup = tuple[WorkerSetup, MutableSequence[int], Connection]
+
+
 class SentSetup:
     """A setup on its way: unpickled by :func:`main`, where what that raises is told.
 
     Unpickled with the process, an import that fails would end it without a word.
 
     Args:
-        setup: The setup and the memory for the phase record, or their pickle. One for
-            both: shared memory that is pickled twice keeps a process from being spawned.
+        setup: The setup, the memory for the phase record and the pipe for answers, or
+            their pickle. One for all: what is pickled twice keeps a process from being
+            spawned.
     """
 
-    def __init__(self, setup: tuple[WorkerSetup, MutableSequence[int]] | bytes) -> None:
+    def __init__(self, setup: _Setup | bytes) -> None:
         self._setup = setup
 
     def __reduce__(self) -> tuple[type[SentSetup], tuple[bytes]]:
         return SentSetup, (with_code(self._setup, ForkingPickler.dumps),)
 
-    def load(self) -> tuple[WorkerSetup, MutableSequence[int]]:
-        """Give the setup and the memory.
+    def load(self) -> _Setup:
+        """Give the setup, the memory and the pipe.
 
         Raises:
             Exception: Whatever the unpickling raises.
         """
         if not isinstance(self._setup, bytes):
             return self._setup
-        setup: tuple[WorkerSetup, MutableSequence[int]]
+        setup: _Setup
         setup = ForkingPickler.loads(self._setup)
         return setup
 
@@ -115,7 +121,10 @@ def main(end: socket.socket | None, sent: SentSetup) -> None:
     _follow_parent(end, databases)
     try:
         try:
-            setup, words = sent.load()
+            setup, words, written = sent.load()
+            own_end(written)
+            # With records that go first, answers follow them.
+            answers = AnswerWriter(written) if setup.log_levels is None else None
             record = PhaseRecord(words)
             forwarder = None
             if setup.log_levels is not None:
@@ -139,7 +148,7 @@ def main(end: socket.socket | None, sent: SentSetup) -> None:
             return
         channel.send(Message(Kind.READY))
         freeze()
-        _serve(channel, database, record)
+        _serve(channel, answers, database, record)
         if setup.finalizer is not None:
             _finalize(database, setup.finalizer, tell)
     finally:
@@ -200,7 +209,12 @@ def _finalize(
         tell(f"the finalizer of a worker raised {exc!r}, so its session is rolled back")
 
 
-def _serve(channel: Channel, database: Database, record: PhaseRecord) -> None:
+def _serve(
+    channel: Channel,
+    answers: AnswerWriter | None,
+    database: Database,
+    record: PhaseRecord,
+) -> None:
     last = 0
     while True:
         try:
@@ -212,6 +226,7 @@ def _serve(channel: Channel, database: Database, record: PhaseRecord) -> None:
             kind, parts, number = messages.popleft()
             options = loads_options(bytes(parts[1]))
             calls = deque(loads_calls(parts[0]) if kind is Kind.JOBS else parts[:1])
+            is_group = len(calls) > 1
             del parts  # its arguments may be large, and the next job long in coming
             while calls:
                 call = calls.popleft()
@@ -226,7 +241,13 @@ def _serve(channel: Channel, database: Database, record: PhaseRecord) -> None:
                             database.was_interrupted = False
                             gc.collect()
                         end = time.monotonic_ns()
-                        channel.send_one(kind, answer, end - start)
+                        if (
+                            kind is not Kind.RESULT
+                            or not is_group
+                            or answers is None
+                            or not answers.write(number, answer, end - start)
+                        ):
+                            channel.send_one(kind, answer, end - start)
                         start = end
                         del answer
                     else:

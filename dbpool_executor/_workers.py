@@ -160,6 +160,7 @@ class Workers:
         worker = self.all[body.pid] = Worker(body)
         self._starting += 1
         self._selector.register(body.channel, selectors.EVENT_READ, worker)
+        self._selector.register(body.answers, selectors.EVENT_READ, worker)
         log.debug("worker %s was started", body.pid)
 
     def take_note(self, text: str) -> None:
@@ -205,10 +206,15 @@ class Workers:
         if not self.idle or self._max_jobs is not None:
             return None
         worker = self.idle[-1]
-        if worker.has_unsent or not worker.body.channel.is_between_messages:
+        body = worker.body
+        if (
+            worker.has_unsent
+            or not body.channel.is_between_messages
+            or not body.answers.is_empty
+        ):
             return None
         self._offered = worker
-        return Offer(worker.body.channel, worker.last_number + 1)
+        return Offer(body.channel, worker.last_number + 1)
 
     def withdraw(self, offer: Offer) -> Worker:
         """Note what callers have done with the worker that was offered."""
@@ -302,7 +308,7 @@ class Workers:
 
     def _note_durations(self, worker: Worker, count: int, nanoseconds: int) -> None:
         worker.answered += count
-        received = worker.body.channel.bytes_received
+        received = worker.body.bytes_received
         self._learn(nanoseconds / 1e9 / count, count)
         self._bytes_per_answer = _rules.updated_estimate(
             self._bytes_per_answer, (received - worker.received) / count, count
@@ -431,6 +437,7 @@ class Workers:
     def bury(self, worker: Worker) -> Ending:
         """Judge a worker whose channel has ended, and free what is left of it."""
         self._selector.unregister(worker.body.channel)
+        self._selector.unregister(worker.body.answers)
         del self.all[worker.body.pid]
         self._short.pop(worker, None)
         self._kill_at.pop(worker, None)

@@ -29,10 +29,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_options": set(),
     "_phase": set(),
     "_places": set(),
-    "_sockets": set(),
+    "_streams": set(),
     "_picklers": {"_places"},
     "_boundary": {"_picklers", "_places", "errors"},
     "_channel": {"_boundary"},
+    "_answers": {"_boundary"},
     "_shared_channel": {"_boundary", "_channel"},
     "_exceptions": {"_boundary", "_picklers", "_places", "errors"},
     "_logs": {"_boundary"},
@@ -50,9 +51,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         "_options", "_phase", "_places", "_resolution", "_sessions", "errors",
     },
     "_worker": {
-        "_boundary", "_channel", "_database", "_exceptions", "_forwarder", "_inheritance",
+        "_answers", "_boundary", "_channel", "_database", "_exceptions", "_forwarder", "_inheritance",
         "_leaving", "_logs", "_notes", "_options", "_phase", "_picklers", "_places", "_resolution",
-        "_shared_channel", "_sockets", "errors",
+        "_shared_channel", "_streams", "errors",
     },
     # The parent.
     "_exit": set(),
@@ -63,10 +64,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_parent": {"_inheritance", "_places", "errors"},
     "_rules": {"_phase", "errors"},
     "_job": {"_boundary", "_channel", "_exceptions", "_options", "errors"},
-    "_local": {"_channel", "_inheritance", "_parent", "_phase", "_sockets", "_worker"},
+    "_local": {"_answers", "_channel", "_inheritance", "_parent", "_phase", "_streams", "_worker"},
     "_endings": {"_exceptions", "_job", "errors"},
     "_groups": {"_boundary", "_channel", "_job", "_options"},
-    "_offer": {"_boundary", "_channel", "_groups", "_job", "_sockets"},
+    "_offer": {"_boundary", "_channel", "_groups", "_job", "_streams"},
     "_repeats": {"_channel", "_job", "_rules", "errors"},
     "_workers": {
         "_boundary", "_endings", "_exceptions", "_groups", "_job", "_local", "_offer",
@@ -74,7 +75,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "_dispatcher": {
         "_boundary", "_channel", "_endings", "_exit", "_job", "_local", "_logs",
-        "_offer", "_options", "_repeats", "_rules", "_sockets", "_stats", "_worker", "_workers", "errors",
+        "_offer", "_options", "_repeats", "_rules", "_streams", "_stats", "_worker", "_workers", "errors",
     },
     "_executor": {
         "_arguments", "_boundary", "_dispatcher", "_job", "_local", "_logs",
@@ -197,7 +198,7 @@ def test_modules_of_workers_say_so() -> None:
         "_exceptions",
         "_places",
         "_channel",
-        "_sockets",
+        "_streams",
     ]
     for module in [*workers, "_phase", "_options", "errors"]:
         assert where_runs(module) in ("a worker", "both processes")

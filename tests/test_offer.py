@@ -27,7 +27,7 @@ from dbpool_executor._channel import Channel, Kind, Message, frame
 from dbpool_executor._job import Job
 from dbpool_executor._offer import Offer
 from dbpool_executor._options import DEFAULTS
-from dbpool_executor._sockets import make_ends
+from dbpool_executor._streams import make_ends
 from processes import MakeExecutor, dispatchers
 from servers import Database
 from values import Box

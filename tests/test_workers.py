@@ -10,20 +10,21 @@ import selectors
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import pytest
 
 from dbpool_executor import _dispatcher
+from dbpool_executor._answers import AnswerReader, AnswerWriter
 from dbpool_executor._boundary import dumps_result, loads_calls
-from dbpool_executor._channel import Channel, Kind, Message
+from dbpool_executor._channel import Channel, Kind, Message, frame
 from dbpool_executor._dispatcher import Dispatcher
 from dbpool_executor._job import Job
 from dbpool_executor._local import LocalWorker
 from dbpool_executor._options import DEFAULTS
 from dbpool_executor._phase import RECALL_DELAY, WORDS, PhaseRecord, Progress
-from dbpool_executor._sockets import make_ends
+from dbpool_executor._streams import make_ends, make_pipe
 from dbpool_executor._workers import Worker, Workers
 
 
@@ -39,6 +40,8 @@ class Body:
         mine.setblocking(False)
         theirs.setblocking(False)
         self.channel, self.theirs = Channel(mine), Channel(theirs)
+        read, written = make_pipe()
+        self.answers, self.writer = AnswerReader(read), AnswerWriter(written)
         self.record = PhaseRecord([0] * WORDS)
         self.is_killed = False
 
@@ -53,6 +56,16 @@ class Body:
     def progress(self) -> Progress:
         """Do as a worker on this machine."""
         return self.record.read()
+
+    @property
+    def bytes_received(self) -> int:
+        """Do as a worker on this machine."""
+        return self.channel.bytes_received + self.answers.bytes_received
+
+    def close(self) -> None:
+        """Close all ends."""
+        for end in (self.channel, self.theirs, self.answers, self.writer._end):
+            end.close()
 
     def messages(self) -> list[Message]:
         """Read what was sent to it."""
@@ -78,8 +91,8 @@ def workers() -> Iterator[Workers]:
         yield workers
         for worker in workers.all.values():
             selector.unregister(worker.body.channel)
-            worker.body.channel.close()
-            body_of(worker).theirs.close()
+            selector.unregister(worker.body.answers)
+            body_of(worker).close()
 
 
 CALL = "jobs", "pid", ()
@@ -189,8 +202,7 @@ def dispatcher() -> Iterator[Dispatcher]:
         workers.note_ready(worker)
     yield dispatcher
     for worker in workers.all.values():
-        worker.body.channel.close()
-        body_of(worker).theirs.close()
+        body_of(worker).close()
     dispatcher.close()
 
 
@@ -216,6 +228,43 @@ def test_long_answers_are_settled_one_by_one_and_in_turn(
     assert all(job.result(0) == bytes(100_000) for job in jobs[:3])
     assert not any(job.done() for job in jobs[3:])
     assert not any(body_of(worker).is_killed for worker in workers.all.values())
+
+
+def test_answers_by_pipe_and_by_channel_are_taken_in_the_order_of_the_jobs(
+    dispatcher: Dispatcher,
+) -> None:
+    """One by pipe waits for an earlier job's, which may still be on its way."""
+    dispatcher._workers._learn(0.001)
+    jobs = make_jobs(7)
+    worker = dispatcher._workers.idle[-1]
+    dispatcher._workers._send(worker, jobs)
+    body = body_of(worker)
+    long = Message(Kind.RESULT, dumps_result(bytes(100_000)), 1000)
+    first, second = b"".join(frame(long))[:50_000], b"".join(frame(long))[50_000:]
+
+    def taken_when(sends: Callable[[], object]) -> list[int]:
+        sends()
+        dispatcher._wait()
+        dispatcher._wait()
+        return [number for number, job in enumerate(jobs, 1) if job.done()]
+
+    def by_pipe(*numbers: int) -> None:
+        for number in numbers:
+            assert body.writer.write(number, dumps_result(number), 1000)
+
+    assert taken_when(lambda: by_pipe(1, 2)) == [1, 2]
+    assert taken_when(lambda: body.theirs.send_at_once(first)) == [1, 2]
+    assert taken_when(lambda: by_pipe(4)) == [1, 2]
+    assert taken_when(lambda: body.theirs.send_at_once(second)) == [1, 2, 3, 4]
+    # Both at once, and the channel is read first.
+    short = Message(Kind.RESULT, dumps_result(6), 1000)
+    by_pipe(5, 7)
+    body.theirs.send(short)
+    dispatcher._receive(worker)
+    dispatcher._settle()
+    assert [job.result(0) for job in jobs[3:]] == [4, 5, 6, 7]
+    assert not worker.sent
+    assert worker.answered == 7
 
 
 def test_who_is_overdue_is_killed_while_long_answers_wait(

@@ -1,22 +1,24 @@
-"""The ends of channels, each of which belongs to one process alone.
+"""The ends of sockets and pipes, each of which belongs to one process alone.
 
 Runs in both processes, and at each fork of them.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
 
 _BUFFER_SIZE = 1 << 20  # of a socket; the system gives less, and more than by default
 
 # Every open end of this process. A forked copy of the process closes its copies: the
 # end of a stream is seen only when no process holds the other end any more.
-_ends: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+_ends: weakref.WeakSet[socket.socket | Connection] = weakref.WeakSet()
 # Guards _ends and the moment between the making of an end and its entry there, so that
 # no fork of another thread falls in between.
 _ends_lock = threading.RLock()
@@ -35,32 +37,40 @@ def make_ends() -> tuple[socket.socket, socket.socket]:
     return ends
 
 
-def own_end(end: socket.socket) -> None:
+def make_pipe() -> tuple[Connection, Connection]:
+    """Make the end of a pipe that reads and the one that writes, for one process each."""
+    with _ends_lock:
+        ends = multiprocessing.Pipe(duplex=False)
+        _ends.update(ends)
+    return ends
+
+
+def own_end(end: socket.socket | Connection) -> None:
     """Note an end that another process has made for this one."""
-    end.setblocking(True)
+    if isinstance(end, socket.socket):
+        end.setblocking(True)
     with _ends_lock:
         _ends.add(end)
 
 
 @contextmanager
-def kept_by_child(end: socket.socket) -> Iterator[None]:
-    """Let a process that this thread forks inside the block keep an end."""
-    _kept.end = end
+def kept_by_child(*ends: socket.socket | Connection) -> Iterator[None]:
+    """Let a process that this thread forks inside the block keep some ends."""
+    _kept.ends = ends
     try:
         yield
     finally:
-        _kept.__dict__.pop("end", None)
+        _kept.__dict__.pop("ends", None)
 
 
 def _close_inherited_ends() -> None:
     # Taken out: the block does not end in the child, whose own children keep nothing.
-    kept = _kept.__dict__.pop("end", None)
+    kept = _kept.__dict__.pop("ends", ())
     for end in list(_ends):
-        if end is not kept:
+        if end not in kept:
             end.close()
     _ends.clear()
-    if kept is not None:
-        _ends.add(kept)
+    _ends.update(kept)
     _ends_lock.release()
 
 

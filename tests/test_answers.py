@@ -1,0 +1,115 @@
+"""Short answers over a pipe, and workers that die after them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+import faults
+import jobs
+from dbpool_executor import DBPoolExecutor, WorkerDiedError
+from dbpool_executor._answers import _HEAD, _MOST, AnswerReader, AnswerWriter
+from dbpool_executor._boundary import dumps_result
+from dbpool_executor._streams import make_pipe
+from processes import MakeExecutor
+from servers import Database
+from waiting import LONGEST
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[AnswerReader, AnswerWriter]]:
+    """The parent's end of a pipe, and the worker's."""
+    read, written = make_pipe()
+    with read, written:
+        yield AnswerReader(read), AnswerWriter(written)
+
+
+def test_answers_are_read_together(ends: tuple[AnswerReader, AnswerWriter]) -> None:
+    """Whatever number there is, in order."""
+    reader, writer = ends
+    reader.read()
+    assert reader.is_empty
+    sent = [(number, number * 1000, dumps_result(number)) for number in range(1, 1500)]
+    for number, nanoseconds, parts in sent:
+        assert writer.write(number, parts, nanoseconds)
+    reader.read()
+    assert list(reader.answers) == [(n, ns, parts[0]) for n, ns, parts in sent]
+    assert reader.bytes_received == sum(
+        _HEAD.size + len(answer.pickle) for answer in reader.answers
+    )
+
+
+def test_answer_that_was_read_in_part_is_no_answer_yet(
+    ends: tuple[AnswerReader, AnswerWriter],
+) -> None:
+    """A pipe may give any piece of what is in it."""
+    reader, writer = ends
+    data = b"".join(_HEAD.pack(n, 7, 5) + b"12345" for n in (1, 2))
+    for piece in range(len(data)):
+        os.write(writer._descriptor, data[piece : piece + 1])
+        reader.read()
+        assert len(reader.answers) == (piece + 1) // (len(data) // 2)
+    assert [answer.number for answer in reader.answers] == [1, 2]
+
+
+def test_long_answer_is_refused(ends: tuple[AnswerReader, AnswerWriter]) -> None:
+    """It might be written in part; and one with buffers is not for the pipe either."""
+    reader, writer = ends
+    longest = _MOST - _HEAD.size
+    assert not writer.write(1, [bytes(longest + 1)], 1)
+    assert not writer.write(1, [b"pickle", b"buffer"], 1)
+    assert writer.write(1, [bytes(longest)], 1)
+    assert writer.write(2, [memoryview(b"pickle")], 1)
+    reader.read()
+    assert [len(answer.pickle) for answer in reader.answers] == [longest, 6]
+
+
+def test_parent_that_is_gone_is_no_error(
+    ends: tuple[AnswerReader, AnswerWriter],
+) -> None:
+    """The worker hears of it over the channel, and ends."""
+    reader, writer = ends
+    reader.close()
+    assert writer.write(1, [b"pickle"], 1)
+
+
+# -- With workers ----------------------------------------------------------------------
+
+
+def in_groups(executor: DBPoolExecutor) -> DBPoolExecutor:
+    """Have an executor know that jobs are short, so that they go in groups."""
+    for future in [executor.submit(jobs.give, number) for number in range(300)]:
+        future.result(LONGEST)
+    assert executor._dispatcher._workers._seconds_per_job < 0.001
+    return executor
+
+
+def test_results_of_all_lengths_come_to_their_jobs(
+    sqlite_database: Database, make_executor: MakeExecutor
+) -> None:
+    """Some over the pipe and some over the channel, in turns; and some fail."""
+    executor = in_groups(make_executor(sqlite_database.make_engine, 2))
+    values = [
+        [n, bytes(n * 37 % 9000), bytes(200_000 * (n % 50 == 0))] for n in range(400)
+    ]
+    futures = [executor.submit(jobs.give, value) for value in values]
+    failing = [executor.submit(faults.raise_locked, str(n)) for n in range(3)]
+    assert [future.result(LONGEST) for future in futures] == values
+    assert all(future.exception(LONGEST) is not None for future in failing)
+
+
+def test_death_costs_no_answer_that_was_given(
+    sqlite_database: Database, make_executor: MakeExecutor
+) -> None:
+    """They are in the pipe when the channel ends, and are read before it is judged."""
+    executor = in_groups(make_executor(sqlite_database.make_engine, 1))
+    for _ in range(5):
+        before = [executor.submit(jobs.give, number) for number in range(50)]
+        dies = executor.submit(faults.die)
+        after = [executor.submit(jobs.give, number) for number in range(50)]
+        assert [future.result(LONGEST) for future in before] == list(range(50))
+        with pytest.raises(WorkerDiedError):
+            dies.result(LONGEST)
+        assert [future.result(LONGEST) for future in after] == list(range(50))
