@@ -343,7 +343,7 @@ class Dispatcher:
                 self._postponed.add(worker)
                 continue
             if key.fileobj is worker.body.answers:
-                self._take_answers(worker)
+                self._receive_answers(worker)
                 continue
             if mask & selectors.EVENT_WRITE:
                 workers.watch(worker, sent=worker.body.channel.flush())
@@ -386,29 +386,34 @@ class Dispatcher:
         try:
             messages = worker.body.channel.receive()
         except EOFError:
-            self._take_answers(worker)
+            self._receive_answers(worker)
             self._note_ending(self._workers.bury(worker))
             return
         self._take_in(worker, messages)
 
-    def _take_answers(self, worker: Worker) -> None:
-        """Read short answers, up to a job whose answer comes over the channel."""
-        reader = worker.body.answers
-        reader.read()
-        answers, sent, told = reader.answers, worker.sent, self._told
+    def _receive_answers(self, worker: Worker) -> None:
+        worker.body.answers.read()
+        self._workers.note_answers(worker, *self._take_answers(worker), 0)
+
+    def _take_answers(self, worker: Worker) -> tuple[int, int]:
+        """Take the short answers that were read, up to one for a later job.
+
+        Returns:
+            How many, and the nanoseconds that they have taken.
+        """
+        answers, sent, told = worker.body.answers.answers, worker.sent, self._told
         answered = nanoseconds = 0
         while answers and sent and answers[0].number == sent[0].number:
             answer = answers.popleft()
             told.append((sent.popleft(), answer.pickle))
             answered += 1
             nanoseconds += answer.nanoseconds
-        if answered:
-            self._workers.note_answers(worker, answered, nanoseconds, 0)
+        return answered, nanoseconds
 
     def _take_in(self, worker: Worker, messages: list[Message]) -> None:
-        # Those that came before; what comes behind is looked for at the end.
-        self._take_answers(worker)
-        answered = nanoseconds = 0
+        # All short ones that were given before these are there by now.
+        worker.body.answers.read()
+        answered, nanoseconds = self._take_answers(worker)
         returned: list[Job] = []
         for message in messages:
             kind, _, number = message
@@ -437,10 +442,12 @@ class Dispatcher:
                 self._workers.take_note(bytes(message.parts[0]).decode())
             elif kind is Kind.START_FAILURE:
                 worker.start_failure = message.parts
+            if worker.body.answers.answers:
+                more, longer = self._take_answers(worker)
+                answered += more
+                nanoseconds += longer
         self._waiting.extendleft(reversed(returned))
         self._workers.note_answers(worker, answered, nanoseconds, len(returned))
-        if not worker.body.answers.is_empty:
-            self._take_answers(worker)
 
     def _note_ending(self, ending: Ending) -> None:
         self._waiting.extendleft(reversed(ending.again))

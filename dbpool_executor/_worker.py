@@ -226,7 +226,7 @@ def _serve(
             kind, parts, number = messages.popleft()
             options = loads_options(bytes(parts[1]))
             calls = deque(loads_calls(parts[0]) if kind is Kind.JOBS else parts[:1])
-            is_group = len(calls) > 1
+            writer = answers if len(calls) > 1 else None
             del parts  # its arguments may be large, and the next job long in coming
             while calls:
                 call = calls.popleft()
@@ -241,12 +241,12 @@ def _serve(
                             database.was_interrupted = False
                             gc.collect()
                         end = time.monotonic_ns()
-                        if (
-                            kind is not Kind.RESULT
-                            or not is_group
-                            or answers is None
-                            or not answers.write(number, answer, end - start)
-                        ):
+                        is_given = (
+                            writer is not None
+                            and kind is Kind.RESULT
+                            and writer.write(number, answer, end - start)
+                        )
+                        if not is_given:
                             channel.send_one(kind, answer, end - start)
                         start = end
                         del answer

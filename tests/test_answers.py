@@ -15,7 +15,7 @@ from dbpool_executor._boundary import dumps_result
 from dbpool_executor._streams import make_pipe
 from processes import MakeExecutor
 from servers import Database
-from waiting import LONGEST
+from waiting import LONGEST, wait_until
 
 
 @pytest.fixture
@@ -80,24 +80,40 @@ def test_parent_that_is_gone_is_no_error(
 
 def in_groups(executor: DBPoolExecutor) -> DBPoolExecutor:
     """Have an executor know that jobs are short, so that they go in groups."""
-    for future in [executor.submit(jobs.give, number) for number in range(300)]:
-        future.result(LONGEST)
-    assert executor._dispatcher._workers._seconds_per_job < 0.001
+
+    def goes_in_groups() -> bool:
+        for future in [executor.submit(jobs.give, number) for number in range(300)]:
+            future.result(LONGEST)
+        return executor._dispatcher._workers._seconds_per_job < 0.001
+
+    wait_until(goes_in_groups, "jobs to go in groups")
     return executor
 
 
-def test_results_of_all_lengths_come_to_their_jobs(
+def test_answers_of_all_kinds_come_to_their_jobs(
     sqlite_database: Database, make_executor: MakeExecutor
 ) -> None:
-    """Some over the pipe and some over the channel, in turns; and some fail."""
+    """Over the pipe and over the channel in turns; and some are exceptions."""
     executor = in_groups(make_executor(sqlite_database.make_engine, 2))
-    values = [
-        [n, bytes(n * 37 % 9000), bytes(200_000 * (n % 50 == 0))] for n in range(400)
-    ]
-    futures = [executor.submit(jobs.give, value) for value in values]
-    failing = [executor.submit(faults.raise_locked, str(n)) for n in range(3)]
-    assert [future.result(LONGEST) for future in futures] == values
-    assert all(future.exception(LONGEST) is not None for future in failing)
+    lengths = [10, 5_000, None, 0, 5_000, None, 100, 200_000]
+    futures = []
+    for number in range(400):
+        length = lengths[number * number % 13 % 8]
+        if length is None:
+            error = LookupError(f"job {number}")
+            futures.append(executor.submit(jobs.insert_and_raise, "lost", error))
+        else:
+            value = number, bytes(length)
+            futures.append(executor.submit(jobs.give, value))
+    for number, future in enumerate(futures):
+        length = lengths[number * number % 13 % 8]
+        if length is None:
+            with pytest.raises(LookupError, match=f"^job {number}$"):
+                future.result(LONGEST)
+        else:
+            assert future.result(LONGEST) == (number, bytes(length))
+    wait_until(lambda: executor.stats().idle == 2, "both workers to be idle")
+    assert executor.stats().queued == 0
 
 
 def test_death_costs_no_answer_that_was_given(
