@@ -12,16 +12,15 @@ all is known by that: an answer here that is for a later job waits for one there
 
 from __future__ import annotations
 
-import os
 import select
 import struct
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 from ._boundary import Buffer
+from ._streams import End
 
 _HEAD = struct.Struct("<QQI")
 # So many bytes are written whole, or not at all (pipe(7), "PIPE_BUF").
@@ -53,9 +52,8 @@ class AnswerWriter:
         end: Of the pipe, owned by this from now on.
     """
 
-    def __init__(self, end: Connection) -> None:
+    def __init__(self, end: End) -> None:
         self._end = end
-        self._descriptor = end.fileno()
 
     def write(self, number: int, parts: Sequence[Buffer], nanoseconds: int) -> bool:
         """Write an answer, if it is short.
@@ -72,10 +70,7 @@ class AnswerWriter:
         if len(parts) != 1 or len(pickle) > _MOST - _HEAD.size:
             return False
         with suppress(OSError):  # the parent is gone: the channel tells
-            os.write(
-                self._descriptor,
-                _HEAD.pack(number, nanoseconds, len(pickle)) + pickle,
-            )
+            self._end.send(_HEAD.pack(number, nanoseconds, len(pickle)) + pickle)
         return True
 
 
@@ -90,17 +85,16 @@ class AnswerReader:
         bytes_received: In its life.
     """
 
-    def __init__(self, end: Connection) -> None:
+    def __init__(self, end: End) -> None:
         self._end = end
-        self._descriptor = end.fileno()
-        os.set_blocking(self._descriptor, False)
+        end.setblocking(False)
         self._rest = b""  # the beginning of an answer
         self.answers: deque[Answer] = deque()
         self.bytes_received = 0
 
     def fileno(self) -> int:
         """Give the descriptor, for a selector."""
-        return self._descriptor
+        return self._end.fileno()
 
     @property
     def is_empty(self) -> bool:
@@ -110,7 +104,7 @@ class AnswerReader:
     def read(self) -> None:
         """Read all answers that are there."""
         with suppress(OSError):
-            while data := os.read(self._descriptor, _READ_SIZE):
+            while data := self._end.recv(_READ_SIZE):
                 self._take_in(data)
                 if len(data) < _READ_SIZE:
                     break

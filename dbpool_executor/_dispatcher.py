@@ -37,6 +37,7 @@ from .errors import DBPoolError, Outcome, OutcomeUnknownError, WorkerDiedError
 _FAILURE_PARTS = 3
 _WAY_SECONDS = 5e-5  # for which a caller gives way
 _WAY_EVERY = 5e-4  # seconds, at most, to a thread that is late
+_NOTICE_SECONDS = 0.2  # after which a lost Ctrl-C is noticed
 _LONG_PICKLE = 1 << 20  # bytes, which may be hundreds of thousands of objects
 
 log = logging.getLogger("dbpool_executor")
@@ -196,8 +197,13 @@ class Dispatcher:
             timeout: Seconds to wait at most; None for no bound.
         """
         thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(timeout)
+        if thread is None or thread is threading.current_thread():
+            return
+        end = math.inf if timeout is None else time.monotonic() + timeout
+        # Again and again: a Ctrl-C that comes when this thread has let go of the
+        # interpreter, and does not sleep yet, is raised only when it wakes.
+        while thread.is_alive() and (left := end - time.monotonic()) > 0:
+            thread.join(min(left, _NOTICE_SECONDS))
 
     def signal_workers(self, send: Callable[[LocalWorker], None]) -> None:
         """End all workers now, whatever they do, and cancel what waits.

@@ -19,7 +19,6 @@ from collections import deque
 from collections.abc import Callable, Mapping, MutableSequence, Sequence
 from contextlib import suppress
 from functools import partial
-from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from multiprocessing.util import Finalize
 from types import TracebackType
@@ -42,7 +41,7 @@ from ._picklers import WITH_CODE, with_code
 from ._places import full_name
 from ._resolution import outcome_of
 from ._shared_channel import SharedChannel
-from ._streams import own_end
+from ._streams import End, own_end
 from .errors import ArgumentsLostError, Outcome
 
 T = TypeVar("T")
@@ -62,7 +61,7 @@ class WorkerSetup(NamedTuple):
     log_levels: Levels | None  # None if log records stay in the worker
 
 
-_Setup = tuple[WorkerSetup, MutableSequence[int], Connection]
+_Setup = tuple[WorkerSetup, MutableSequence[int], End]
 
 
 class SentSetup:

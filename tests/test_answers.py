@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -48,7 +48,7 @@ def test_answer_that_was_read_in_part_is_no_answer_yet(
     reader, writer = ends
     data = b"".join(_HEAD.pack(n, 7, 5) + b"12345" for n in (1, 2))
     for piece in range(len(data)):
-        os.write(writer._descriptor, data[piece : piece + 1])
+        writer._end.send(data[piece : piece + 1])
         reader.read()
         assert len(reader.answers) == (piece + 1) // (len(data) // 2)
     assert [answer.number for answer in reader.answers] == [1, 2]
@@ -73,6 +73,24 @@ def test_parent_that_is_gone_is_no_error(
     reader, writer = ends
     reader.close()
     assert writer.write(1, [b"pickle"], 1)
+
+
+def test_end_that_is_closed_touches_no_other_file(
+    ends: tuple[AnswerReader, AnswerWriter], tmp_path: Path
+) -> None:
+    """Its number goes to the next one that is opened."""
+    reader, writer = ends
+    numbers = {reader.fileno(), writer._end.fileno()}
+    reader.close()
+    writer._end.close()
+    path = tmp_path / "of somebody else"
+    path.write_bytes(_HEAD.pack(1, 1, 0))
+    with path.open("r+b") as first, path.open("r+b") as second:
+        assert {first.fileno(), second.fileno()} == numbers
+        assert writer.write(2, [b"pickle"], 1)
+        reader.read()
+        assert reader.is_empty
+    assert path.read_bytes() == _HEAD.pack(1, 1, 0)
 
 
 # -- With workers ----------------------------------------------------------------------

@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_picklers": {"_places"},
     "_boundary": {"_picklers", "_places", "errors"},
     "_channel": {"_boundary"},
-    "_answers": {"_boundary"},
+    "_answers": {"_boundary", "_streams"},
     "_shared_channel": {"_boundary", "_channel"},
     "_exceptions": {"_boundary", "_picklers", "_places", "errors"},
     "_logs": {"_boundary"},

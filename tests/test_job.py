@@ -6,9 +6,12 @@ No process.
 from __future__ import annotations
 
 import gc
+import os
+import sys
 import threading
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import (
     CancelledError,
     Future,
@@ -20,6 +23,7 @@ from typing import Any, NoReturn
 
 import pytest
 
+from dbpool_executor import _job
 from dbpool_executor._boundary import loads_calls
 from dbpool_executor._channel import Kind, Message
 from dbpool_executor._dispatcher import Dispatcher
@@ -65,13 +69,24 @@ def test_result_that_nobody_waits_for_is_there(value: object) -> None:
     assert wait([job], 0).done == {job}
 
 
-def test_short_way_is_closed_to_jobs_that_were_asked_for() -> None:
+def test_short_way_is_closed_to_jobs_that_were_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """And to what is cancelled, or done already, or has an exception."""
+    long_way: list[Job] = []
+    take = Job.set_running_or_notify_cancel
+
+    def noted(job: Job) -> bool:
+        long_way.append(job)
+        return take(job)
+
+    monkeypatch.setattr(Job, "set_running_or_notify_cancel", noted)
     jobs = [make_job() for _ in range(6)]
     asked, _, cancelled, done, failed, job = jobs
     asked.add_done_callback(print)
     assert cancelled.cancel()
     assert taken([asked, cancelled, done, failed, job]) == [asked, done, failed, job]
+    assert long_way == [asked, cancelled]
     assert [j._state for j in jobs] == [
         "RUNNING", "PENDING", "CANCELLED_AND_NOTIFIED", "RUNNING", "RUNNING", "RUNNING"
     ]  # fmt: skip
@@ -80,6 +95,80 @@ def test_short_way_is_closed_to_jobs_that_were_asked_for() -> None:
     assert end_unasked(ends) == ends[:-1]
     assert job.result(0) == 2
     assert done.result(0) == 1
+
+
+@pytest.fixture
+def hasty() -> Iterator[None]:
+    """Threads pass the interpreter to each other all the time."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("turn", range(40))
+def test_whoever_asks_in_the_middle_of_the_short_way_hears_of_it_once(
+    turn: int,
+) -> None:
+    """A job is run or cancelled, never both, and each callback is called once."""
+    jobs = [make_job() for _ in range(100)]
+    start = threading.Barrier(4)
+    called: list[Future[Any]] = []
+    results: list[object] = []
+
+    def ask() -> None:
+        start.wait(LONGEST)
+        for job in jobs[turn:]:
+            job.add_done_callback(called.append)
+
+    def cancel() -> None:
+        start.wait(LONGEST)
+        for job in reversed(jobs):
+            job.cancel()
+
+    def wait_for_all() -> None:
+        start.wait(LONGEST)
+        for job in jobs:
+            try:
+                results.append(job.result(LONGEST))
+            except CancelledError:
+                results.append(None)
+
+    threads = [in_thread(call) for call in (ask, cancel, wait_for_all)]
+    start.wait(LONGEST)
+    run = taken(jobs)
+    for job, result, error in end_unasked([(job, job, None) for job in run]):
+        job.end(result, error)
+    for thread in threads:
+        thread.join(LONGEST)
+        assert not thread.is_alive()
+    assert results == [job if job in run else None for job in jobs]
+    assert all(job.cancelled() != (job in run) for job in jobs)
+    assert sorted(map(id, called)) == sorted(map(id, jobs[turn:]))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_forked_copy_may_ask_for_a_job_whatever_threads_did_at_the_fork() -> None:
+    """The lock of the short way is not taken for ever there."""
+    entered, forking = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with _job._lock:
+            entered.set()
+            forking.wait(LONGEST)
+            time.sleep(0.2)  # the fork waits for it, or has happened by then
+
+    holder = in_thread(hold)
+    assert entered.wait(LONGEST)
+    os.register_at_fork(before=forking.set)  # called before those of the package
+    pid = os.fork()
+    if not pid:
+        is_free = _job._lock.acquire(timeout=1)
+        os._exit(0 if is_free and not make_job().is_asked_for() else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    holder.join(LONGEST)
+    assert not holder.is_alive()
 
 
 def test_job_that_is_done_keeps_no_arguments() -> None:
