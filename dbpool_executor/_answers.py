@@ -81,7 +81,7 @@ class AnswerReader:
         end: Of the pipe, owned by this from now on.
 
     Attributes:
-        answers: What was read, and not yet taken by the dispatcher.
+        waiting: Answers that were read, in order, until the dispatcher takes them.
         bytes_received: In its life.
     """
 
@@ -89,7 +89,7 @@ class AnswerReader:
         self._end = end
         end.setblocking(False)
         self._rest = b""  # the beginning of an answer
-        self.answers: deque[Answer] = deque()
+        self.waiting: deque[Answer] = deque()
         self.bytes_received = 0
 
     def fileno(self) -> int:
@@ -99,7 +99,7 @@ class AnswerReader:
     @property
     def is_empty(self) -> bool:
         """Whether nothing that was read is left here."""
-        return not self._rest and not self.answers
+        return not self._rest and not self.waiting
 
     def read(self) -> None:
         """Read all answers that are there."""
@@ -113,7 +113,7 @@ class AnswerReader:
         self.bytes_received += len(data)
         if self._rest:
             data = self._rest + data
-        size, unpack, add = _HEAD.size, _HEAD.unpack_from, self.answers.append
+        size, unpack, add = _HEAD.size, _HEAD.unpack_from, self.waiting.append
         start, end = 0, len(data)
         while end - start >= size:
             number, nanoseconds, length = unpack(data, start)

@@ -214,6 +214,9 @@ class Channel:
                 self._end.shutdown(socket.SHUT_WR)
         return True
 
+    def drain(self) -> None:
+        """Wait until all is sent, which it always is at an end that blocks."""
+
     def end_sending(self) -> bool:
         """Tell the peer, once all is sent, that nothing more will come.
 

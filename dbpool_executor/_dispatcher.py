@@ -407,7 +407,7 @@ class Dispatcher:
         Returns:
             How many, and the nanoseconds that they have taken.
         """
-        answers, sent, told = worker.body.answers.answers, worker.sent, self._told
+        answers, sent, told = worker.body.answers.waiting, worker.sent, self._told
         answered = nanoseconds = 0
         while answers and sent and answers[0].number == sent[0].number:
             answer = answers.popleft()
@@ -448,7 +448,7 @@ class Dispatcher:
                 self._workers.take_note(bytes(message.parts[0]).decode())
             elif kind is Kind.START_FAILURE:
                 worker.start_failure = message.parts
-            if worker.body.answers.answers:
+            if worker.body.answers.waiting:
                 more, longer = self._take_answers(worker)
                 answered += more
                 nanoseconds += longer

@@ -40,7 +40,6 @@ from ._phase import PhaseRecord
 from ._picklers import WITH_CODE, with_code
 from ._places import full_name
 from ._resolution import outcome_of
-from ._shared_channel import SharedChannel
 from ._streams import End, own_end
 from .errors import ArgumentsLostError, Outcome
 
@@ -128,6 +127,7 @@ def main(end: socket.socket | None, sent: SentSetup) -> None:
             forwarder = None
             if setup.log_levels is not None:
                 from ._forwarder import Forwarder
+                from ._shared_channel import SharedChannel
 
                 channel = SharedChannel(end)
                 tell = partial(_tell, channel)
@@ -151,8 +151,7 @@ def main(end: socket.socket | None, sent: SentSetup) -> None:
         if setup.finalizer is not None:
             _finalize(database, setup.finalizer, tell)
     finally:
-        if isinstance(channel, SharedChannel):
-            channel.drain()
+        channel.drain()
         for database in databases:
             with suppress(Exception):
                 database.dispose()

@@ -35,9 +35,9 @@ def test_answers_are_read_together(ends: tuple[AnswerReader, AnswerWriter]) -> N
     for number, nanoseconds, parts in sent:
         assert writer.write(number, parts, nanoseconds)
     reader.read()
-    assert list(reader.answers) == [(n, ns, parts[0]) for n, ns, parts in sent]
+    assert list(reader.waiting) == [(n, ns, parts[0]) for n, ns, parts in sent]
     assert reader.bytes_received == sum(
-        _HEAD.size + len(answer.pickle) for answer in reader.answers
+        _HEAD.size + len(answer.pickle) for answer in reader.waiting
     )
 
 
@@ -50,8 +50,8 @@ def test_answer_that_was_read_in_part_is_no_answer_yet(
     for piece in range(len(data)):
         writer._end.send(data[piece : piece + 1])
         reader.read()
-        assert len(reader.answers) == (piece + 1) // (len(data) // 2)
-    assert [answer.number for answer in reader.answers] == [1, 2]
+        assert len(reader.waiting) == (piece + 1) // (len(data) // 2)
+    assert [answer.number for answer in reader.waiting] == [1, 2]
 
 
 def test_long_answer_is_refused(ends: tuple[AnswerReader, AnswerWriter]) -> None:
@@ -63,7 +63,7 @@ def test_long_answer_is_refused(ends: tuple[AnswerReader, AnswerWriter]) -> None
     assert writer.write(1, [bytes(longest)], 1)
     assert writer.write(2, [memoryview(b"pickle")], 1)
     reader.read()
-    assert [len(answer.pickle) for answer in reader.answers] == [longest, 6]
+    assert [len(answer.pickle) for answer in reader.waiting] == [longest, 6]
 
 
 def test_parent_that_is_gone_is_no_error(
