@@ -29,7 +29,9 @@ log = logging.getLogger("dbpool_executor")
 # and the block that lets go of it, as with a condition, whose entry is a Python function.
 _lock = threading.RLock()
 if hasattr(os, "register_at_fork"):
-    # Not while another thread has it: in the child it would have it for ever.
+    # Not while another thread has it: in the child it would have it for ever. Before a
+    # fork the last registered come first, so the lock of _streams is taken before this
+    # one: who has that may collect garbage, and cancel the jobs of a forgotten map().
     os.register_at_fork(
         before=_lock.acquire,
         after_in_parent=_lock.release,

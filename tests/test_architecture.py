@@ -160,6 +160,19 @@ def test_every_module_imports_only_what_the_table_allows() -> None:
     assert {name: found for name, found in more.items() if found} == {}
 
 
+def test_lock_of_jobs_is_the_last_to_be_taken_before_a_fork() -> None:
+    """So it has to be registered before that of the ends of streams."""
+    program = (
+        "import sys; from dbpool_executor import DBPoolExecutor\n"
+        "loaded = [name.rpartition('.')[2] for name in sys.modules]\n"
+        "print(loaded.index('_job') < loaded.index('_streams'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, check=True, timeout=60
+    )
+    assert done.stdout.split() == [b"True"]
+
+
 def test_table_allows_no_more_than_is_used() -> None:
     """An edge that is gone is taken out, so that it does not come back unseen."""
     more = {name: may - IMPORTS.get(name, set()) for name, may in MAY_IMPORT.items()}
