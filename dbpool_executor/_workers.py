@@ -86,7 +86,7 @@ class Workers:
         start: Starts one worker.
         most: Upper bound on workers that may get jobs.
         max_jobs: Jobs after which a worker is replaced; None for no bound.
-        selector: Where their channels are registered, each with its Worker as data.
+        selector: Where what they answer by is registered, with its Worker as data.
     """
 
     def __init__(
