@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import pytest
 
-from dbpool_executor import _dispatcher
+from dbpool_executor import WorkerDiedError, _dispatcher
 from dbpool_executor._answers import AnswerReader, AnswerWriter
 from dbpool_executor._boundary import dumps_result, loads_calls
 from dbpool_executor._channel import Channel, Kind, Message, frame
@@ -56,6 +56,15 @@ class Body:
     def progress(self) -> Progress:
         """Do as a worker on this machine."""
         return self.record.read()
+
+    def xid(self) -> int:
+        """Say that no transaction was noted."""
+        return 0
+
+    def bury(self) -> int:
+        """Give the exit code of a worker that was killed."""
+        self.close()
+        return -9
 
     @property
     def bytes_received(self) -> int:
@@ -265,6 +274,28 @@ def test_answers_by_pipe_and_by_channel_are_taken_in_the_order_of_the_jobs(
     assert [job.result(0) for job in jobs[3:]] == [4, 5, 6, 7]
     assert not worker.sent
     assert worker.answered == 7
+
+
+def test_answer_in_the_pipe_is_one_when_the_channel_has_ended(
+    dispatcher: Dispatcher,
+) -> None:
+    """It is read before the worker is judged, also if the end is heard of first."""
+    dispatcher._workers._learn(0.001)
+    answered, running, waiting = jobs = make_jobs(3)
+    worker = dispatcher._workers.idle[-1]
+    dispatcher._workers._send(worker, jobs)
+    body = body_of(worker)
+    assert body.record.begin(1)
+    assert body.writer.write(1, dumps_result("given"), 1000)
+    assert body.record.begin(2)
+    body.theirs.close()
+    dispatcher._receive(worker)
+    dispatcher._settle()
+    assert answered.result(0) == "given"
+    with pytest.raises(WorkerDiedError):
+        running.result(0)
+    assert list(dispatcher._waiting) == [waiting]
+    dispatcher._waiting.clear()
 
 
 def test_who_is_overdue_is_killed_while_long_answers_wait(
