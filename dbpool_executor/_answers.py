@@ -96,11 +96,6 @@ class AnswerReader:
         """Give the descriptor, for a selector."""
         return self._end.fileno()
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing that was read is left here."""
-        return not self._rest and not self.waiting
-
     def read(self) -> None:
         """Read all answers that are there."""
         with suppress(OSError):

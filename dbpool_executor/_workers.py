@@ -206,15 +206,10 @@ class Workers:
         if not self.idle or self._max_jobs is not None:
             return None
         worker = self.idle[-1]
-        body = worker.body
-        if (
-            worker.has_unsent
-            or not body.channel.is_between_messages
-            or not body.answers.is_empty
-        ):
+        if worker.has_unsent or not worker.body.channel.is_between_messages:
             return None
         self._offered = worker
-        return Offer(body.channel, worker.last_number + 1)
+        return Offer(worker.body.channel, worker.last_number + 1)
 
     def withdraw(self, offer: Offer) -> Worker:
         """Note what callers have done with the worker that was offered."""

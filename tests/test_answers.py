@@ -30,7 +30,7 @@ def test_answers_are_read_together(ends: tuple[AnswerReader, AnswerWriter]) -> N
     """Whatever number there is, in order."""
     reader, writer = ends
     reader.read()
-    assert reader.is_empty
+    assert not reader.waiting
     sent = [(number, number * 1000, dumps_result(number)) for number in range(1, 1500)]
     for number, nanoseconds, parts in sent:
         assert writer.write(number, parts, nanoseconds)
@@ -89,7 +89,7 @@ def test_end_that_is_closed_touches_no_other_file(
         assert {first.fileno(), second.fileno()} == numbers
         assert writer.write(2, [b"pickle"], 1)
         reader.read()
-        assert reader.is_empty
+        assert not reader.waiting
     assert path.read_bytes() == _HEAD.pack(1, 1, 0)
 
 
