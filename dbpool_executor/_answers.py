@@ -2,9 +2,10 @@
 
 Runs in both processes. A few bytes take a pipe a third of the time that a socket takes,
 but much take it twice as long, and it is slower to wake who waits for one job. An answer
-is the result of one job, framed as::
+is the result of one job. All have one length, so that one call takes apart whatever was
+read::
 
-    number of the job: 8 bytes | nanoseconds that it took: 8 | length: 4 | its pickle
+    number of the job: 8 bytes | nanoseconds that it took: 8 | its pickle, and zeros: 112
 
 All other answers go over the channel, and mean the first job that has none. The order of
 all is known by that: an answer here that is for a later job waits for one there.
@@ -12,37 +13,22 @@ all is known by that: an answer here that is for a later job waits for one there
 
 from __future__ import annotations
 
-import select
 import struct
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import NamedTuple
 
 from ._boundary import Buffer
 from ._streams import End
 
-_HEAD = struct.Struct("<QQI")
-# So many bytes are written whole, or not at all (pipe(7), "PIPE_BUF").
-_MOST = getattr(select, "PIPE_BUF", 512)
+_MOST = 112  # bytes of a short pickle; what follows its end pickle.loads() ignores
+# A pipe takes it whole, or not at all: up to 512 bytes and more (POSIX, "PIPE_BUF").
+_ANSWER = struct.Struct(f"<QQ{_MOST}s")
 _READ_SIZE = 1 << 16
 
-
-class Answer(NamedTuple):
-    """A short answer.
-
-    Attributes:
-        number: Of the job, counted from 1 in the worker's life.
-        nanoseconds: That it has taken.
-        pickle: Of its result.
-    """
-
-    number: int
-    nanoseconds: int
-    pickle: bytes
-
-
-_new = tuple.__new__
+Answer = tuple[int, int, bytes]
+"""The number of a job, counted from 1 in the worker's life; the nanoseconds that it has
+taken; the pickle of its result, and zeros."""
 
 
 class AnswerWriter:
@@ -66,11 +52,12 @@ class AnswerWriter:
         Returns:
             Whether it was.
         """
-        pickle = parts[0]
-        if len(parts) != 1 or len(pickle) > _MOST - _HEAD.size:
+        if len(parts) != 1 or len(parts[0]) > _MOST:
             return False
-        with suppress(OSError):  # the parent is gone: the channel tells
-            self._end.send(_HEAD.pack(number, nanoseconds, len(pickle)) + pickle)
+        try:  # noqa: SIM105 - for as long as the rest takes
+            self._end.send(_ANSWER.pack(number, nanoseconds, bytes(parts[0])))
+        except OSError:
+            pass  # the parent is gone: the channel tells
         return True
 
 
@@ -106,19 +93,10 @@ class AnswerReader:
 
     def _take_in(self, data: bytes) -> None:
         self.bytes_received += len(data)
-        if self._rest:
-            data = self._rest + data
-        size, unpack, add = _HEAD.size, _HEAD.unpack_from, self.waiting.append
-        start, end = 0, len(data)
-        while end - start >= size:
-            number, nanoseconds, length = unpack(data, start)
-            body = start + size
-            if end - body < length:
-                break
-            start = body + length
-            # Not Answer(), whose __new__ is no C function.
-            add(_new(Answer, (number, nanoseconds, data[body:start])))
-        self._rest = data[start:]
+        data = self._rest + data
+        end = len(data) - len(data) % _ANSWER.size
+        self._rest = data[end:]
+        self.waiting.extend(_ANSWER.iter_unpack(data[:end]))
 
     def close(self) -> None:
         """Close this end."""

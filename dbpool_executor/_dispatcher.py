@@ -409,11 +409,11 @@ class Dispatcher:
         """
         answers, sent, told = worker.body.answers.waiting, worker.sent, self._told
         answered = nanoseconds = 0
-        while answers and sent and answers[0].number == sent[0].number:
-            answer = answers.popleft()
-            told.append((sent.popleft(), answer.pickle))
+        while answers and sent and answers[0][0] == sent[0].number:
+            _, spent, pickle = answers.popleft()
+            told.append((sent.popleft(), pickle))
             answered += 1
-            nanoseconds += answer.nanoseconds
+            nanoseconds += spent
         return answered, nanoseconds
 
     def _take_in(self, worker: Worker, messages: list[Message]) -> None:
