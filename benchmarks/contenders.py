@@ -11,8 +11,10 @@ import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
+from operator import methodcaller
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -70,18 +72,28 @@ class Contender:
 
 
 def runner(
-    submit: Callable[..., Result], in_batches: Callable[..., Any] | None = None
+    submit: Callable[..., Any],
+    result: str = "result",
+    in_batches: Callable[..., Any] | None = None,
 ) -> Runner:
-    """Make a runner of what takes jobs one by one, and in batches of some size."""
+    """Make a runner of what takes jobs one by one.
+
+    Args:
+        submit: Takes one, and gives what stands for its result, such as a future.
+        result: The method of that, which waits.
+        in_batches: Takes jobs in batches of some size.
+    """
+    wait = methodcaller(result)
 
     def run_all(fn: Callable[[Any], Any], keys: Sequence[Any]) -> list[Any]:
-        results = [submit(fn, key) for key in keys]
-        return [result() for result in results]
+        # What a user would write, and nothing of ours for each job.
+        futures = [submit(fn, key) for key in keys]
+        return [wait(future) for future in futures]
 
-    if in_batches is None:
-        return Runner(submit, run_all)
     return Runner(
-        submit, run_all, run_batches=lambda fn, keys: list(in_batches(fn, keys, BATCH))
+        lambda fn, *args: partial(wait, submit(fn, *args)),
+        run_all,
+        run_batches=in_batches and (lambda fn, keys: list(in_batches(fn, keys, BATCH))),
     )
 
 
@@ -91,8 +103,8 @@ def _ours(workers: int) -> Iterator[Runner]:
 
     with DBPoolExecutor(jobs.make_engine, workers) as executor:
         found = runner(
-            lambda fn, *args: executor.submit(fn, *args).result,
-            lambda fn, keys, size: executor.map(fn, keys, chunksize=size),
+            executor.submit,
+            in_batches=lambda fn, keys, size: executor.map(fn, keys, chunksize=size),
         )
         yield found._replace(map=executor.map)
 
@@ -106,8 +118,8 @@ def _standard(
     context = multiprocessing.get_context("forkserver")
     with ProcessPoolExecutor(workers, context, initializer) as executor:
         yield runner(
-            lambda fn, *args: executor.submit(fn, *args).result,
-            lambda fn, keys, size: executor.map(fn, keys, chunksize=size),
+            executor.submit,
+            in_batches=lambda fn, keys, size: executor.map(fn, keys, chunksize=size),
         )
 
 
@@ -124,7 +136,7 @@ def _multiprocessing(
     workers: int, package: ModuleType = multiprocessing
 ) -> Iterator[Runner]:
     with package.get_context("forkserver").Pool(workers, jobs.connect) as pool:
-        yield runner(lambda fn, *args: pool.apply_async(fn, args).get, pool.map)
+        yield runner(lambda fn, *args: pool.apply_async(fn, args), "get", pool.map)
         pool.close()
         pool.join()
 
@@ -143,8 +155,8 @@ def _loky(workers: int) -> Iterator[Runner]:
 
     with get_reusable_executor(workers, initializer=jobs.connect) as executor:
         yield runner(
-            lambda fn, *args: executor.submit(fn, *args).result,
-            lambda fn, keys, size: executor.map(fn, keys, chunksize=size),
+            executor.submit,
+            in_batches=lambda fn, keys, size: executor.map(fn, keys, chunksize=size),
         )
 
 
@@ -155,8 +167,10 @@ def _pebble(workers: int) -> Iterator[Runner]:
     context = multiprocessing.get_context("forkserver")
     with ProcessPool(workers, initializer=jobs.connect, context=context) as pool:
         yield runner(
-            lambda fn, *args: pool.schedule(fn, args).result,
-            lambda fn, keys, size: pool.map(fn, keys, chunksize=size).result(),
+            lambda fn, *args: pool.schedule(fn, args),
+            in_batches=lambda fn, keys, size: pool.map(
+                fn, keys, chunksize=size
+            ).result(),
         )
 
 
@@ -166,13 +180,13 @@ def _mpire(workers: int) -> Iterator[Runner]:
 
     with WorkerPool(workers, start_method="forkserver", keep_alive=True) as pool:
 
-        def submit(fn: Callable[..., Any], *args: Any) -> Result:
-            return pool.apply_async(fn, args, worker_init=jobs.connect).get
+        def submit(fn: Callable[..., Any], *args: Any) -> Any:
+            return pool.apply_async(fn, args, worker_init=jobs.connect)
 
         def in_batches(fn: Callable[..., Any], keys: Sequence[Any], size: int) -> Any:
             return pool.map(fn, keys, chunk_size=size, worker_init=jobs.connect)
 
-        yield runner(submit, in_batches)
+        yield runner(submit, "get", in_batches)
 
 
 @contextmanager

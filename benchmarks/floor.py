@@ -197,7 +197,7 @@ def _serve(end: socket.socket, write: Callable[[bytes], object]) -> None:
 @contextmanager
 def _floor(way: str, _workers: int) -> Iterator[Runner]:
     pool = Floor(way)
-    yield runner(lambda fn, *args: pool.submit(fn, *args).result)
+    yield runner(pool.submit)
 
 
 ALL = {name: CONTENDERS[name] for name in (OURS, "joblib")} | {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import threading
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, InvalidStateError
@@ -14,7 +15,7 @@ from concurrent.futures._base import FINISHED, PENDING, RUNNING
 from contextlib import suppress
 from typing import Any, TypeAlias
 
-from ._boundary import Buffer, Call, loads_result
+from ._boundary import Call, loads_result
 from ._channel import Kind, Message
 from ._exceptions import loads_exception, set_cause
 from ._options import DEFAULTS, JobOptions
@@ -216,14 +217,11 @@ class Job(Future[Any]):
         """
         if isinstance(told, BaseException):
             return self, None, told
-        if isinstance(told, bytes):
-            parts: Sequence[Buffer] = (told,)
-        elif told.kind is Kind.FAILURE:
-            return self, None, loads_exception(told.parts)
-        else:
-            parts = told.parts
         try:
-            return self, loads_result(parts), None
+            if isinstance(told, bytes):
+                return self, pickle.loads(told), None
+            if told.kind is Kind.RESULT:
+                return self, loads_result(told.parts), None
         except BaseException as exc:  # also a SystemExit must not end the thread
             commits = self.options.commit
             outcome = Outcome.COMMITTED if commits else Outcome.UNKNOWN
@@ -231,6 +229,7 @@ class Job(Future[Any]):
             set_cause(error, exc)
             self.attempts += 1
             return self, None, error
+        return self, None, loads_exception(told.parts)
 
     def end_unasked(self, result: object) -> bool:
         """Give it its result, if nobody is to be told.
