@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from types import FunctionType
-from typing import Any
 
 from ._picklers import (
     PROTOCOL,
@@ -36,16 +35,19 @@ _SHORT_TEXT = 64  # characters of one of them
 Buffer = bytes | bytearray | memoryview
 """One piece of a message; a memoryview is one of bytes."""
 
-ShortCall = tuple[str, str, tuple[object, ...]]
-"""The module and the name of a function, and what it is called with: short atoms."""
+Function = Callable[..., object]
 
-Call = ShortCall | Buffer
-"""A call on its way: the pickle of it, unless it is a short one."""
+Call = tuple[object, ...] | Buffer
+"""A call on its way: a few short atoms as the arguments of a module's function, or else
+the pickle of all of it."""
+
+Run = tuple[Function | None, list[Call]]
+"""Calls of one function in a row; those that are pickles have none."""
 
 
 def pack_call(
-    fn: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]
-) -> Call:
+    fn: Function, args: tuple[object, ...], kwargs: dict[str, object]
+) -> tuple[Function | None, Call]:
     """Pickle a call for a worker, unless it is short.
 
     Everything is copied here: what the caller changes later does not reach the job. A
@@ -58,7 +60,8 @@ def pack_call(
         kwargs: Its keyword arguments.
 
     Returns:
-        A call for :func:`unpack_call`.
+        The function and the call, if it is a short one; else None and the pickle, for
+        :func:`unpack_call`.
 
     Raises:
         NotPlainError: An argument is tied to a session or connection.
@@ -76,10 +79,11 @@ def pack_call(
         if getattr(sys.modules.get(module), fn.__name__, None) is fn and (
             module != "__main__" or not is_interactive()
         ):
-            call = module, fn.__name__, args
-            return call if is_short else pickle.dumps(call, PROTOCOL)
+            if is_short:
+                return fn, args
+            return None, pickle.dumps((module, fn.__name__, args), PROTOCOL)
     try:
-        return with_code((fn, args, kwargs), pickled)
+        return None, with_code((fn, args, kwargs), pickled)
     except RefusedError as refused:
         roots = {"fn": fn, "args": args, "kwargs": kwargs}
         raise _not_plain(refused, roots, Outcome.NEVER_STARTED) from None
@@ -100,16 +104,13 @@ def _are_short(args: tuple[object, ...]) -> bool:
     return True
 
 
-def unpack_call(
-    call: Call,
-) -> tuple[Callable[..., object], tuple[object, ...], dict[str, object]]:
-    """Rebuild what :func:`pack_call` was given.
+def unpack_call(data: Buffer) -> tuple[Function, tuple[object, ...], dict[str, object]]:
+    """Rebuild a call that :func:`pack_call` has pickled.
 
     Raises:
         Exception: Whatever the unpickling of an argument raises.
     """
-    found: Any = call if isinstance(call, tuple) else pickle.loads(call)
-    module, name, args = found
+    module, name, args = pickle.loads(data)
     if type(name) is not str:
         return (module, name, args)
     try:
@@ -118,15 +119,28 @@ def unpack_call(
         return getattr(import_module(module), name), args, {}
 
 
-def dumps_calls(calls: list[Call]) -> bytes:
+def dumps_calls(runs: Sequence[Run]) -> bytes:
     """Pickle calls that go together; of those that are pickles already, a copy."""
-    return pickle.dumps(calls, PROTOCOL)
+    return pickle.dumps(
+        [(fn and (fn.__module__, fn.__name__), calls) for fn, calls in runs], PROTOCOL
+    )
 
 
-def loads_calls(data: Buffer) -> list[Call]:
-    """Rebuild what :func:`dumps_calls` pickled; runs no code of the caller's."""
-    calls: list[Call] = pickle.loads(data)
-    return calls
+def loads_calls(data: Buffer) -> list[Run]:
+    """Rebuild what :func:`dumps_calls` pickled; runs no code of the caller's.
+
+    The calls of a function whose module is not imported here become pickles.
+    """
+    runs: list[Run] = []
+    for place, calls in pickle.loads(data):
+        module, name = place or ("", "")
+        fn = getattr(sys.modules.get(module), "__dict__", {}).get(name)
+        if fn is None and place is not None:
+            pickles = (pickle.dumps((*place, args), PROTOCOL) for args in calls)
+            runs.append((None, list(pickles)))
+        else:
+            runs.append((fn, calls))
+    return runs
 
 
 def dumps_result(value: object) -> list[Buffer]:

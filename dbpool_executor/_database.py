@@ -6,7 +6,6 @@ Runs in a worker, in the thread that runs its jobs.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import warnings
 from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.util import ScopedRegistry
 
-from . import _drivers, _resolution
+from . import _copies, _drivers, _resolution
 from ._alarm import Alarm, JobInterrupt
 from ._boundary import Buffer, dumps_result
 from ._commits import CommitWatch
@@ -41,7 +40,7 @@ from .errors import (
 
 log = logging.getLogger("dbpool_executor")
 
-_NO_KEYWORDS: Mapping[str, Any] = {}
+NO_KEYWORDS: Mapping[str, Any] = {}
 
 
 class _Here(threading.local):
@@ -168,7 +167,7 @@ class Database:
         )
         event.listen(self.sessions.maker, "after_commit", self._commits.after_commit)
         event.listen(engine, "connect", _drivers.note_thread_id)
-        self._pid = os.getpid()
+        self._generation = _copies.generation
         self._options = DEFAULTS  # of the running job, or the last one
         self._job_engine = engine  # with its options
         self._was_lent = False  # to the running job, by current_engine()
@@ -178,7 +177,7 @@ class Database:
         self,
         fn: Callable[..., object],
         args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] = _NO_KEYWORDS,
+        kwargs: Mapping[str, Any] = NO_KEYWORDS,
         options: JobOptions = DEFAULTS,
     ) -> list[Buffer]:
         """Run a job as one transaction.
@@ -291,7 +290,7 @@ class Database:
         try:
             result = fn(*args, **kwargs)
         finally:
-            if os.getpid() != self._pid:
+            if self._generation != _copies.generation:
                 _end_copy(fn)
         current = self.session if options.commit else None
         if current is not None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import selectors
 import threading
 import time
@@ -17,8 +16,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 
-from . import _rules
-from ._boundary import Call, pack_call
+from . import _copies, _rules
+from ._boundary import Call, Function, pack_call
 from ._channel import Kind, Message
 from ._endings import Ending, resolved_error
 from ._exit import at_exit
@@ -66,7 +65,7 @@ class Dispatcher:
     ) -> None:
         self._prepare = prepare
         self._at_once = max_workers if forks else 0
-        self._pid = os.getpid()
+        self._generation = _copies.generation
         # Guards the choice between taking a job and ending, so that no job is appended
         # after the thread's last look. Never held while callbacks run.
         self._lock = threading.RLock()
@@ -99,11 +98,12 @@ class Dispatcher:
 
     # -- Called by other threads --------------------------------------------------
 
-    def add(self, call: Call, options: JobOptions) -> Job:
+    def add(self, fn: Function | None, call: Call, options: JobOptions) -> Job:
         """Queue a job; the first one starts the thread.
 
         Args:
-            call: What it calls.
+            fn: What it calls, as :func:`pack_call` gives it.
+            call: As well.
             options: How it is run.
 
         Raises:
@@ -111,13 +111,13 @@ class Dispatcher:
             RuntimeError: It was shut down, or this is a forked copy of its process.
         """
         # Before the lock: in a copy, a thread that is not there may hold it for ever.
-        if self._pid != os.getpid():
+        if self._generation != _copies.generation:
             self.check_owner()
-        job = Job(call, options)
+        job = Job(fn, call, options)
         with self._lock:
-            self.check_open()
-            if self._thread is None:
-                self._begin()
+            if self._thread is None or self._closing or self._workers.failure:
+                self.check_open()
+                self._begin()  # or it would not be open
             offer = self._offers.standing
             if offer is not None and options.timeout is None and offer.take(job):
                 job.read_answer = self._offers.read_answer
@@ -149,7 +149,7 @@ class Dispatcher:
 
     def is_copy(self) -> bool:
         """Say whether this is a forked copy of the process that made the executor."""
-        return self._pid != os.getpid()
+        return self._generation != _copies.generation
 
     def check_owner(self) -> None:
         """Refuse to work in a forked copy.
@@ -489,8 +489,7 @@ class Dispatcher:
                 self._done -= 1  # the question is no job of the user's
             self._end(job, resolved_error(error, outcome))
 
-        call = pack_call(outcome_of_transaction, (xid,), {})
-        asked = Job(call, DEFAULTS)
+        asked = Job(*pack_call(outcome_of_transaction, (xid,), {}), DEFAULTS)
         asked.add_done_callback(settle)
         self._waiting.appendleft(asked)
 

@@ -52,14 +52,18 @@ def messages_for(jobs: Sequence[Job], number: int) -> list[Message]:
         number: Of the first of them, in the worker's life.
     """
     messages = []
-    for options, run in itertools.groupby(jobs, operator.attrgetter("options")):
-        calls = [job.call for job in run]
+    for options, group in itertools.groupby(jobs, operator.attrgetter("options")):
+        runs = [
+            (fn, [job.call for job in run])
+            for fn, run in itertools.groupby(group, operator.attrgetter("fn"))
+        ]
         encoded = dumps_options(options)
-        if len(calls) == 1 and not isinstance(calls[0], tuple):
-            # It may be long, and to pickle it once more is to copy it.
-            message = Message(Kind.JOB, [calls[0], encoded], number)
-        else:
-            message = Message(Kind.JOBS, [dumps_calls(calls), encoded], number)
+        match runs:
+            case [(None, [call])] if not isinstance(call, tuple):
+                # It may be long, and to pickle it once more is to copy it.
+                message = Message(Kind.JOB, [call, encoded], number)
+            case _:
+                message = Message(Kind.JOBS, [dumps_calls(runs), encoded], number)
         messages.append(message)
-        number += len(calls)
+        number += sum(len(calls) for _, calls in runs)
     return messages

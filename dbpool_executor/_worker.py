@@ -27,9 +27,9 @@ from typing import Any, NamedTuple, TypeVar
 from sqlalchemy import Engine
 
 from ._answers import AnswerWriter
-from ._boundary import Buffer, Call, loads_calls, unpack_call
+from ._boundary import Buffer, Call, Function, Run, loads_calls, unpack_call
 from ._channel import Channel, Kind, Message
-from ._database import Database, current_engine
+from ._database import NO_KEYWORDS, Database, current_engine
 from ._exceptions import dumps_exception, set_cause
 from ._inheritance import bury_inherited, freeze
 from ._leaving import leave
@@ -221,53 +221,59 @@ def _serve(
             return
         start = time.monotonic_ns()
         while messages:
-            kind, parts, number = messages.popleft()
+            kind, parts, following = messages.popleft()
             options = loads_options(bytes(parts[1]))
-            calls = deque(loads_calls(parts[0]) if kind is Kind.JOBS else parts[:1])
-            writer = answers if len(calls) > 1 else None
-            del parts  # its arguments may be large, and the next job long in coming
-            while calls:
-                call = calls.popleft()
-                if number > last:  # or it was sent twice, see Offer
+            runs: list[Run]
+            runs = loads_calls(parts[0]) if kind is Kind.JOBS else [(None, [parts[0]])]
+            is_group = len(runs) > 1 or len(runs[0][1]) > 1
+            writer = answers if is_group else None
+            for fn, calls in runs:
+                for call in calls:
+                    number, following = following, following + 1
+                    if number <= last:
+                        continue  # it was sent twice, see Offer
                     last = number
-                    # Begun before it is unpickled: unpickling runs the caller's code too.
-                    if record.begin(number):
-                        kind, answer = _run(database, call, options)
-                        if database.was_interrupted:
-                            # A cursor that nobody closed holds SQLite's lock as long as
-                            # it lives, and the interrupt's frames may be a cycle.
-                            database.was_interrupted = False
-                            gc.collect()
-                        end = time.monotonic_ns()
-                        is_given = (
-                            writer is not None
-                            and kind is Kind.RESULT
-                            and writer.write(number, answer, end - start)
-                        )
-                        if not is_given:
-                            channel.send_one(kind, answer, end - start)
-                        start = end
-                        del answer
-                    else:
+                    # Begun before it is unpickled: that runs the caller's code too.
+                    if not record.begin(number):
                         channel.send(Message(Kind.RETURNED, number=number))
-                del call
-                number += 1
+                        continue
+                    kind, answer = _run(database, fn, call, options)
+                    if database.was_interrupted:
+                        # A cursor that nobody closed holds SQLite's lock as long as it
+                        # lives, and the interrupt's frames may be a cycle.
+                        database.was_interrupted = False
+                        gc.collect()
+                    end = time.monotonic_ns()
+                    is_given = (
+                        writer is not None
+                        and kind is Kind.RESULT
+                        and writer.write(number, answer, end - start)
+                    )
+                    if not is_given:
+                        channel.send_one(kind, answer, end - start)
+                    start = end
+                    del answer
+            # Its arguments may be large, and the next job long in coming.
+            del parts, runs, calls, call
 
 
 def _run(
-    database: Database, call: Call, options: JobOptions
+    database: Database, fn: Function | None, call: Call, options: JobOptions
 ) -> tuple[Kind, Sequence[Buffer]]:
+    kwargs: Mapping[str, object] = NO_KEYWORDS
+    if not isinstance(call, tuple):
+        try:
+            fn, call, kwargs = unpack_call(call)
+        except BaseException as exc:
+            what = f"{full_name(type(exc))}: {exc}"
+            if isinstance(exc, AttributeError) and "__main__" in what:
+                what += f" (only plain values cross between processes, {WITH_CODE})"
+            error = ArgumentsLostError(what)
+            set_cause(error, exc)
+            return Kind.FAILURE, dumps_exception(error)
+    assert fn is not None  # noqa: S101 - or the call would be a pickle
     try:
-        fn, args, kwargs = unpack_call(call)
-    except BaseException as exc:
-        what = f"{full_name(type(exc))}: {exc}"
-        if isinstance(exc, AttributeError) and "__main__" in what:
-            what += f" (only plain values cross between processes, {WITH_CODE})"
-        error = ArgumentsLostError(what)
-        set_cause(error, exc)
-        return Kind.FAILURE, dumps_exception(error)
-    try:
-        return Kind.RESULT, database.run(fn, args, kwargs, options)
+        return Kind.RESULT, database.run(fn, call, kwargs, options)
     except Exception as exc:
         trace = exc.__traceback__
         while trace is not None and trace.tb_frame.f_globals.get("__package__") == (

@@ -22,9 +22,9 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from . import _worker
 from ._arguments import check_pickles, factory_of
-from ._boundary import Buffer, Call
+from ._boundary import Buffer, Call, Function
 from ._channel import Kind, Message
-from ._database import _NO_KEYWORDS, Database, _here
+from ._database import NO_KEYWORDS, Database, _here
 from ._dispatcher import _FAILURE_PARTS, Dispatcher
 from ._drivers import is_aborted
 from ._exceptions import dumps_exception
@@ -150,9 +150,9 @@ class _InlineDispatcher(Dispatcher):
         self._is_ours = is_ours
         self._database: _InlineDatabase | None = None  # until the first job
 
-    def add(self, call: Call, options: JobOptions) -> Job:
+    def add(self, fn: Function | None, call: Call, options: JobOptions) -> Job:
         self.check_owner()
-        job = Job(call, options)
+        job = Job(fn, call, options)
         with self._lock:
             self.check_open()
             self._start()
@@ -205,7 +205,7 @@ class _InlineDispatcher(Dispatcher):
             return self._workers.failure.error()
         options = self._database.adapted(job.options)
         while True:
-            told = Message(*_worker._run(self._database, job.call, options))
+            told = Message(*_worker._run(self._database, job.fn, job.call, options))
             if told.kind is Kind.RESULT:
                 return told
             job.attempts += 1
@@ -267,7 +267,7 @@ class _InlineDatabase(Database):
         self,
         fn: Callable[..., object],
         args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] = _NO_KEYWORDS,
+        kwargs: Mapping[str, Any] = NO_KEYWORDS,
         options: JobOptions = DEFAULTS,
     ) -> list[Buffer]:
         self._record.begin(1)

@@ -61,6 +61,7 @@ import servers
 import values
 from dbpool_executor import DBPoolExecutor, NotPlainError, Outcome
 from dbpool_executor._boundary import (
+    Function,
     dumps_calls,
     dumps_result,
     loads_calls,
@@ -266,7 +267,7 @@ def test_mapped_instance_in_an_array_or_frame_is_refused() -> None:
 def test_mapped_class_itself_is_plain() -> None:
     """A job may be told which class to work on, or to call one of its methods."""
     assert loads_result(dumps_result([Item, {"of": Item}])) == [Item, {"of": Item}]
-    fn, args, kwargs = unpack_call(pack_call(Item, (), {"name": "a"}))
+    fn, args, kwargs = crossed(Item, (), {"name": "a"})
     assert (fn, args, kwargs) == (Item, (), {"name": "a"})
 
 
@@ -352,14 +353,26 @@ PLAIN: dict[str, Any] = {
 }
 
 
+def crossed(
+    fn: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Function, tuple[Any, ...], dict[str, Any]]:
+    """Give a call as it comes to a worker."""
+    function, call = pack_call(fn, args, kwargs)
+    ((function, (call,)),) = loads_calls(dumps_calls([(function, [call])]))
+    if not isinstance(call, tuple):
+        return unpack_call(call)
+    assert function is not None
+    return function, call, {}
+
+
 @pytest.mark.parametrize("kind", PLAIN)
 def test_plain_value_comes_back_equal(kind: str) -> None:
     """As a result and as an argument, with the type it had."""
     value = PLAIN[kind]
     for twin in (
         loads_result(dumps_result(value)),
-        unpack_call(pack_call(print, (value,), {}))[1][0],
-        unpack_call(pack_call(print, (), {"end": value}))[2]["end"],
+        crossed(print, (value,), {})[1][0],
+        crossed(print, (), {"end": value})[2]["end"],
     ):
         assert twin == value
         assert repr(twin) == repr(value) or isinstance(value, Thing)
@@ -394,8 +407,8 @@ def test_short_value_comes_back_as_it_was(value: object) -> None:
     """Those that need no look at what is inside; also as an argument."""
     back = loads_result(dumps_result(value))
     assert (type(back), back) == (type(value), value)
-    assert unpack_call(pack_call(max, (value, "text"), {}))[1] == (value, "text")
-    assert unpack_call(pack_call(jobs.pid, (value, "text"), {}))[1] == (value, "text")
+    assert crossed(max, (value, "text"), {})[1] == (value, "text")
+    assert crossed(jobs.pid, (value, "text"), {})[1] == (value, "text")
 
 
 SHORT = [(), (None, True, 7, -1.5), ("x" * 64,), (1,) * 8]
@@ -405,18 +418,22 @@ LONG = [("x" * 65,), (1,) * 9, (1, "x" * 100_000), ([1],), (b"x",)]
 @pytest.mark.parametrize("args", [*SHORT, *LONG])
 def test_call_is_pickled_at_once_unless_it_is_short(args: tuple[object, ...]) -> None:
     """A short one goes with hundreds of others, and must not make their message long."""
-    call = pack_call(jobs.give, args, {})
-    assert isinstance(call, bytes) == (args in LONG)
-    for packed in loads_calls(dumps_calls([call, call])):
-        assert unpack_call(packed) == (jobs.give, args, {})
+    fn, call = pack_call(jobs.give, args, {})
+    if args in SHORT:
+        assert (fn, call) == (jobs.give, args)
+    else:
+        assert fn is None
+        assert isinstance(call, bytes)
+    assert crossed(jobs.give, args, {}) == (jobs.give, args, {})
 
 
 def test_call_is_copied_when_it_is_made() -> None:
     """What the caller changes after submit() does not reach the job."""
     array, items = np.zeros(10_000), [1]
-    call = pack_call(print, (array, items), {})
+    _, call = pack_call(print, (array, items), {})
     array += 1
     items.append(2)
+    assert isinstance(call, bytes)
     _, (array_then, items_then), _ = unpack_call(call)
     np.testing.assert_array_equal(array_then, np.zeros(10_000))
     assert items_then == [1]
@@ -716,7 +733,7 @@ def test_function_is_called_by_its_name_only_if_it_has_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Another one of that name is not called in its place."""
-    fn, args, kwargs = unpack_call(pack_call(jobs.add, (1, 2), {}))
+    fn, args, kwargs = crossed(jobs.add, (1, 2), {})
     assert (fn, args, kwargs) == (jobs.add, (1, 2), {})
     before = jobs.add
     monkeypatch.setattr(jobs, "add", lambda a, b: a * b)
@@ -726,16 +743,16 @@ def test_function_is_called_by_its_name_only_if_it_has_it(
 
 def test_text_is_not_taken_for_the_name_of_a_module() -> None:
     """It is no function, and the job says so."""
-    assert unpack_call(pack_call("os", (1,), {})) == ("os", (1,), {})  # type: ignore[arg-type]
+    assert crossed("os", (1,), {}) == ("os", (1,), {})  # type: ignore[arg-type]
 
 
 def test_module_that_was_not_imported_is_imported_for_a_call() -> None:
     """A worker comes by the modules of its jobs in this way."""
-    calls = dumps_calls([pack_call(jobs.add, (1, 2), {})])
+    calls = dumps_calls([(jobs.add, [(1, 2)])])
     program = (
         "import sys; from dbpool_executor._boundary import loads_calls, unpack_call\n"
-        "(call,) = loads_calls(sys.stdin.buffer.read())\n"
-        "assert 'jobs' not in sys.modules\n"
+        "((fn, (call,)),) = loads_calls(sys.stdin.buffer.read())\n"
+        "assert fn is None and 'jobs' not in sys.modules\n"
         "fn, args, kwargs = unpack_call(call)\n"
         "print(fn(*args, **kwargs))"
     )

@@ -23,8 +23,9 @@ from typing import Any, NoReturn
 
 import pytest
 
+import jobs
 from dbpool_executor import _job
-from dbpool_executor._boundary import loads_calls
+from dbpool_executor._boundary import Call, Function, loads_calls
 from dbpool_executor._channel import Kind, Message
 from dbpool_executor._dispatcher import Dispatcher
 from dbpool_executor._groups import _GROUP_BYTES, messages_for, next_jobs
@@ -40,7 +41,7 @@ def never() -> NoReturn:
 
 def make_job(call: bytes = b"call", timeout: float | None = None) -> Job:
     """Make a job as ``submit()`` does."""
-    return Job(call, DEFAULTS.with_(timeout=timeout))
+    return Job(None, call, DEFAULTS.with_(timeout=timeout))
 
 
 def in_thread(call: Any) -> threading.Thread:
@@ -197,7 +198,7 @@ def test_collector_of_garbage_looks_at_a_fifth_for_a_future() -> None:
     """There may be a hundred thousand of them, and it looks at each more than once."""
 
     def make_short() -> Job:
-        return Job(("jobs", "give", (1,)), DEFAULTS)
+        return Job(len, (1,), DEFAULTS)
 
     def objects_of(make: Callable[[], object]) -> int:
         before = len(gc.get_objects())
@@ -329,24 +330,32 @@ def test_jobs_of_a_message_are_neither_cancelled_nor_limited_nor_long() -> None:
 
 
 def test_jobs_with_the_same_options_go_in_one_message() -> None:
-    """In order; a pickle that would be alone in one is not pickled once more."""
-    short, limits = ("jobs", "give", (1,)), DEFAULTS.with_(retries=1)
-    jobs = [
-        *(Job(call, DEFAULTS) for call in (short, b"pickle", short)),
-        *(Job(call, limits) for call in (short, b"pickle")),
-        Job(b"pickle", DEFAULTS),
-        Job(short, limits),
+    """In order, a function once for its calls in a row.
+
+    A pickle that would be alone in one is not pickled once more.
+    """
+    limits = DEFAULTS.with_(retries=1)
+    give: tuple[Function, Call] = jobs.give, (1,)
+    add: tuple[Function, Call] = jobs.add, (1, 2)
+    packed = None, b"pickle"
+    waiting = [
+        *(Job(*call, DEFAULTS) for call in (give, give, packed, packed, add, give)),
+        *(Job(*call, limits) for call in (give, packed)),
+        Job(*packed, DEFAULTS),
+        Job(*give, limits),
     ]
     sent = []
-    for message in messages_for(jobs, 7):
+    for message in messages_for(waiting, 7):
         first, options = message.parts
-        calls = loads_calls(first) if message.kind is Kind.JOBS else first
-        sent.append((message.number, calls, loads_options(bytes(options))))
+        runs = loads_calls(first) if message.kind is Kind.JOBS else first
+        sent.append((message.number, runs, loads_options(bytes(options))))
+    give_once, packed_once = (jobs.give, [(1,)]), (None, [b"pickle"])
+    twice = [(jobs.give, [(1,)] * 2), (None, [b"pickle"] * 2)]
     assert sent == [
-        (7, [short, b"pickle", short], DEFAULTS),
-        (10, [short, b"pickle"], limits),
-        (12, b"pickle", DEFAULTS),
-        (13, [short], limits),
+        (7, [*twice, (jobs.add, [(1, 2)]), give_once], DEFAULTS),
+        (13, [give_once, packed_once], limits),
+        (15, b"pickle", DEFAULTS),
+        (16, [give_once], limits),
     ]
 
 

@@ -50,7 +50,7 @@ def channels() -> Iterator[tuple[Channel, Channel]]:
 
 def job(call: bytes = b"call") -> Job:
     """Make a job as ``submit()`` does."""
-    return Job(call, DEFAULTS)
+    return Job(None, call, DEFAULTS)
 
 
 def finished(channel: Channel, offer: Offer) -> Job | None:

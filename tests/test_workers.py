@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import pytest
 
+import jobs
 from dbpool_executor import WorkerDiedError, _dispatcher
 from dbpool_executor._answers import AnswerReader, AnswerWriter
 from dbpool_executor._boundary import dumps_result, loads_calls
@@ -104,12 +105,9 @@ def workers() -> Iterator[Workers]:
             body_of(worker).close()
 
 
-CALL = "jobs", "pid", ()
-
-
 def make_jobs(count: int) -> list[Job]:
     """Make jobs as ``submit()`` does."""
-    return [Job(CALL, DEFAULTS) for _ in range(count)]
+    return [Job(jobs.pid, (), DEFAULTS) for _ in range(count)]
 
 
 def answer(workers: Workers, worker: Worker, count: int) -> None:
@@ -135,7 +133,9 @@ def test_worker_gets_three_groups_each_of_which_is_a_message(workers: Workers) -
         messages = body_of(worker).messages()
         assert [message.kind for message in messages] == [Kind.JOBS] * 3
         assert [message.number for message in messages] == [1, 6, 11]
-        assert [len(loads_calls(message.parts[0])) for message in messages] == [5] * 3
+        assert [loads_calls(message.parts[0]) for message in messages] == [
+            [(jobs.pid, [()] * 5)]
+        ] * 3
     first, second = workers.all.values()
     answer(workers, first, 7)
     answer(workers, second, 4)
@@ -356,7 +356,7 @@ def when_callers_gave_way(
         for millisecond in range(6):
             pauses = len(clock.pauses)
             for _ in range(2):
-                dispatcher.add(CALL, DEFAULTS)
+                dispatcher.add(jobs.pid, (), DEFAULTS)
             found.extend([millisecond] * (len(clock.pauses) - pauses))
             clock.now += 0.001
         return select(0.0)
