@@ -6,6 +6,7 @@ Runs in a worker, in the thread that runs its jobs.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import warnings
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.util import ScopedRegistry
 
-from . import _copies, _drivers, _resolution
+from . import _drivers, _resolution
 from ._alarm import Alarm, JobInterrupt
 from ._boundary import Buffer, dumps_result
 from ._commits import CommitWatch
@@ -167,7 +168,7 @@ class Database:
         )
         event.listen(self.sessions.maker, "after_commit", self._commits.after_commit)
         event.listen(engine, "connect", _drivers.note_thread_id)
-        self._generation = _copies.generation
+        self._pid = os.getpid()
         self._options = DEFAULTS  # of the running job, or the last one
         self._job_engine = engine  # with its options
         self._was_lent = False  # to the running job, by current_engine()
@@ -290,7 +291,7 @@ class Database:
         try:
             result = fn(*args, **kwargs)
         finally:
-            if self._generation != _copies.generation:
+            if os.getpid() != self._pid:
                 _end_copy(fn)
         current = self.session if options.commit else None
         if current is not None:

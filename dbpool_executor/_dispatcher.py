@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import selectors
 import threading
 import time
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 
-from . import _copies, _rules
+from . import _rules
 from ._boundary import Call, Function, pack_call
 from ._channel import Kind, Message
 from ._endings import Ending, resolved_error
@@ -65,7 +66,7 @@ class Dispatcher:
     ) -> None:
         self._prepare = prepare
         self._at_once = max_workers if forks else 0
-        self._generation = _copies.generation
+        self._pid = os.getpid()
         # Guards the choice between taking a job and ending, so that no job is appended
         # after the thread's last look. Never held while callbacks run.
         self._lock = threading.RLock()
@@ -111,7 +112,7 @@ class Dispatcher:
             RuntimeError: It was shut down, or this is a forked copy of its process.
         """
         # Before the lock: in a copy, a thread that is not there may hold it for ever.
-        if self._generation != _copies.generation:
+        if self._pid != os.getpid():
             self.check_owner()
         job = Job(fn, call, options)
         with self._lock:
@@ -149,7 +150,7 @@ class Dispatcher:
 
     def is_copy(self) -> bool:
         """Say whether this is a forked copy of the process that made the executor."""
-        return self._generation != _copies.generation
+        return self._pid != os.getpid()
 
     def check_owner(self) -> None:
         """Refuse to work in a forked copy.

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import logging
 import logging.handlers
+import os
 import pickle
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from queue import SimpleQueue
 
-from . import _copies
 from ._logs import Levels
 
 
@@ -31,12 +31,12 @@ class Forwarder(logging.handlers.QueueHandler):
     def __init__(self, send: Callable[[bytes], object]) -> None:
         super().__init__(queue=SimpleQueue())  # enqueue() has no use for one
         self._send = send
-        self._generation = _copies.generation
+        self._pid = os.getpid()
         self.uninterrupted: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def enqueue(self, record: logging.LogRecord) -> None:
         """Send a record."""
-        if self._generation != _copies.generation:
+        if self._pid != os.getpid():
             return  # a copy that a job has forked, which has no channel
         try:
             data = pickle.dumps(record.__dict__)

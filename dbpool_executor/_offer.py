@@ -19,7 +19,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from typing import TYPE_CHECKING
 
-from . import _copies
 from ._boundary import loads_result
 from ._channel import Channel, Kind, Message, frame, unframe
 from ._groups import messages_for
@@ -150,7 +149,7 @@ class Offers:
     ) -> None:
         self._lock = lock
         self._wake = wake
-        self._generation = _copies.generation
+        self._pid = os.getpid()
         self._handover = (
             _Handover(selector) if _Handover.is_possible(selector) else None
         )
@@ -180,7 +179,7 @@ class Offers:
         offer, handover = self.standing, self._handover
         if offer is None or handover is None or offer.taken is None:
             return timeout
-        if offer.taken[0] is not job or self._generation != _copies.generation:
+        if offer.taken[0] is not job or os.getpid() != self._pid:
             return timeout
         start = time.monotonic()
         try:

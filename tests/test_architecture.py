@@ -25,7 +25,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     # Both processes.
     "errors": set(),
     "_collection": set(),
-    "_copies": set(),
     "_inheritance": {"_collection"},
     "_options": set(),
     "_phase": set(),
@@ -40,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_logs": {"_boundary"},
     # Workers.
     "_alarm": set(),
-    "_forwarder": {"_copies", "_logs"},
+    "_forwarder": {"_logs"},
     "_leaving": set(),
     "_drivers": {"_inheritance"},
     "_notes": {"_inheritance"},
@@ -48,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_sessions": set(),
     "_commits": {"_alarm", "_drivers", "_inheritance", "_phase", "errors"},
     "_database": {
-        "_alarm", "_boundary", "_commits", "_copies", "_drivers", "_inheritance", "_leaving",
+        "_alarm", "_boundary", "_commits", "_drivers", "_inheritance", "_leaving",
         "_options", "_phase", "_places", "_resolution", "_sessions", "errors",
     },
     "_worker": {
@@ -68,14 +67,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_local": {"_answers", "_channel", "_inheritance", "_parent", "_phase", "_streams", "_worker"},
     "_endings": {"_exceptions", "_job", "errors"},
     "_groups": {"_boundary", "_channel", "_job", "_options"},
-    "_offer": {"_boundary", "_channel", "_copies", "_groups", "_job", "_streams"},
+    "_offer": {"_boundary", "_channel", "_groups", "_job", "_streams"},
     "_repeats": {"_channel", "_job", "_rules", "errors"},
     "_workers": {
         "_boundary", "_endings", "_exceptions", "_groups", "_job", "_local", "_offer",
         "_phase", "_rules", "errors",
     },
     "_dispatcher": {
-        "_boundary", "_channel", "_copies", "_endings", "_exit", "_job", "_local", "_logs",
+        "_boundary", "_channel", "_endings", "_exit", "_job", "_local", "_logs",
         "_offer", "_options", "_repeats", "_rules", "_streams", "_stats", "_worker", "_workers", "errors",
     },
     "_executor": {

@@ -449,3 +449,18 @@ def test_worker_does_not_look_for_garbage_in_what_was_there_before_its_jobs(
     executor = make_executor(sqlite_database.make_engine, 1, context)
     looks = executor.submit(jobs.collector_looks_at_the_engine)
     assert looks.result(LONGEST) is False
+
+
+def test_worker_that_waits_keeps_nothing_of_a_large_job(
+    sqlite_database: Database, make_executor: MakeExecutor
+) -> None:
+    """Neither its arguments nor its result: the next job may be long in coming."""
+    executor = make_executor(sqlite_database.make_engine, 1)
+    worker = psutil.Process(executor.submit(jobs.pid).result(LONGEST))
+    before = worker.memory_info().rss
+    large = bytes(100_000_000)
+    assert executor.submit(jobs.give, large).result(LONGEST) == large
+    wait_until(
+        lambda: worker.memory_info().rss < before + len(large) // 2,
+        "the worker to give back the memory",
+    )
