@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.util import ScopedRegistry
 
-from . import _drivers, _resolution
+from . import _copies, _drivers, _resolution
 from ._alarm import Alarm, JobInterrupt
 from ._boundary import Buffer, dumps_result
 from ._commits import CommitWatch
@@ -291,7 +291,7 @@ class Database:
         try:
             result = fn(*args, **kwargs)
         finally:
-            if os.getpid() != self._pid:
+            if self._pid != (_copies.known_pid or os.getpid()):
                 _end_copy(fn)
         current = self.session if options.commit else None
         if current is not None:

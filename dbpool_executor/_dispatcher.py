@@ -17,7 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 
-from . import _rules
+from . import _copies, _rules
 from ._boundary import Call, Function, pack_call
 from ._channel import Kind, Message
 from ._endings import Ending, resolved_error
@@ -112,7 +112,7 @@ class Dispatcher:
             RuntimeError: It was shut down, or this is a forked copy of its process.
         """
         # Before the lock: in a copy, a thread that is not there may hold it for ever.
-        if self._pid != os.getpid():
+        if self._pid != (_copies.known_pid or os.getpid()):
             self.check_owner()
         job = Job(fn, call, options)
         with self._lock:

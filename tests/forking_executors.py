@@ -33,6 +33,7 @@ from copies import (
     REFUSED,
     SECONDS,
     Parent,
+    at_first_in_copy,
     at_last_before_fork,
     closes_sessions,
     collects,
@@ -145,13 +146,14 @@ def do_as_job(deed: str) -> str:
     return ENDS[FINE]
 
 
-def copied(url: str, leave: str, *, locked: bool) -> dict[str, Any]:
+def copied(url: str, leave: str, *, locked: bool, early: bool) -> dict[str, Any]:
     """Fork beside an executor that works, and have the copy try all it offers.
 
     Args:
         url: Of the database.
         leave: As for :func:`in_copy`.
         locked: Whether another thread is in the middle of a submit() at the fork.
+        early: Whether the copy does so before the package's own hooks are called.
     """
     package = defended_package()
     jobs = importlib.import_module("jobs")
@@ -194,7 +196,9 @@ def copied(url: str, leave: str, *, locked: bool) -> dict[str, Any]:
         lock = executor._dispatcher._lock
         held = Lock(lock.acquire, lock.release)
         at_last_before_fork.append(held.hold)
-    end = in_copy(try_all, leave)
+    if early:
+        at_first_in_copy.append(try_all)
+    end = in_copy((lambda: None) if early else try_all, leave)
     if locked:
         held.let_go()
     told = json.loads(os.read(reader, 1 << 16))

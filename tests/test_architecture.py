@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # Both processes.
     "errors": set(),
     "_collection": set(),
+    "_copies": set(),
     "_inheritance": {"_collection"},
     "_options": set(),
     "_phase": set(),
@@ -47,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_sessions": set(),
     "_commits": {"_alarm", "_drivers", "_inheritance", "_phase", "errors"},
     "_database": {
-        "_alarm", "_boundary", "_commits", "_drivers", "_inheritance", "_leaving",
+        "_alarm", "_boundary", "_commits", "_copies", "_drivers", "_inheritance", "_leaving",
         "_options", "_phase", "_places", "_resolution", "_sessions", "errors",
     },
     "_worker": {
@@ -74,7 +75,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "_phase", "_rules", "errors",
     },
     "_dispatcher": {
-        "_boundary", "_channel", "_endings", "_exit", "_job", "_local", "_logs",
+        "_boundary", "_channel", "_copies", "_endings", "_exit", "_job", "_local", "_logs",
         "_offer", "_options", "_repeats", "_rules", "_streams", "_stats", "_worker", "_workers", "errors",
     },
     "_executor": {

@@ -34,13 +34,17 @@ def address(database: Database) -> str:
 
 @one_server
 @pytest.mark.parametrize("leave", ["_exit", "exit"])
-@pytest.mark.parametrize("locked", [False, True], ids=["free", "in submit"])
+@pytest.mark.parametrize(
+    ("locked", "early"),
+    [(False, False), (True, False), (False, True)],
+    ids=["free", "in submit", "early"],
+)
 def test_executor_in_a_copy_raises_at_once_and_touches_nothing(
-    database: Database, leave: str, locked: bool, interpreter: Interpreter
+    database: Database, leave: str, locked: bool, early: bool, interpreter: Interpreter
 ) -> None:
-    """Whatever the copy calls, and however it ends, the original goes on."""
+    """Whatever the copy calls and when, and however it ends, the original goes on."""
     report = interpreter.run(
-        "copied", url=address(database), leave=leave, locked=locked
+        "copied", url=address(database), leave=leave, locked=locked, early=early
     )
     said = {name: text.partition(";")[0] for name, text in report["told"].items()}
     refusal = (
