@@ -113,6 +113,18 @@ def rate(work: Work, contender: Contender, workers: int, size: int) -> Figures:
     return {"us a job": seconds / len(keys) * 1e6}
 
 
+def bursts(contender: Contender, workers: int, size: int) -> Figures:
+    """Submit a hundredth, a tenth and all of some number of trivial jobs."""
+    figures = {}
+    with contender.start(workers) as runner:
+        warm(runner, workers)
+        for count in (size // 100, size // 10, size):
+            keys = TRIVIAL.keys(count)
+            seconds = _timed(TRIVIAL.is_right, runner, jobs.trivial, keys)
+            figures[f"us a job of {count}"] = seconds / count * 1e6
+    return figures
+
+
 def batches(contender: Contender, workers: int, size: int) -> Figures:
     """Have trivial jobs run, many of them in one message."""
     keys = TRIVIAL.keys(size)
@@ -357,6 +369,7 @@ SCENARIOS = {
     "trivial-rate": Scenario(
         partial(rate, TRIVIAL), 10_000, 50, (*EXECUTORS, ONE_BY_ONE)
     ),
+    "trivial-bursts": Scenario(bursts, 100_000, 1_000, (OURS, STANDARD, "joblib")),
     "trivial-batches": Scenario(batches, 100_000, 400, EXECUTORS),
     "trivial-round-trip": Scenario(partial(round_trip, TRIVIAL), 2_000, 20, EXECUTORS),
     "read-rate": Scenario(partial(rate, READ), 10_000, 40, ALL, True),

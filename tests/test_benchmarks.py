@@ -23,6 +23,7 @@ OURS = "dbpool_executor"
 STANDARD = "ProcessPoolExecutor"
 SCENARIOS = [
     "trivial-rate",
+    "trivial-bursts",
     "trivial-batches",
     "trivial-round-trip",
     "read-rate",
