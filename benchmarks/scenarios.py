@@ -118,6 +118,7 @@ def bursts(contender: Contender, workers: int, size: int) -> Figures:
     figures = {}
     with contender.start(workers) as runner:
         warm(runner, workers)
+        runner.run_all(jobs.trivial, TRIVIAL.keys(20 * workers))
         for count in (size // 100, size // 10, size):
             keys = TRIVIAL.keys(count)
             seconds = _timed(TRIVIAL.is_right, runner, jobs.trivial, keys)
