@@ -36,6 +36,29 @@ def log_exception() -> None:
         log.exception("failed", extra={"lock": threading.Lock()})
 
 
+def log_in_copies(count: int) -> set[int]:
+    """Fork while another thread logs, have each copy log, and give the exit codes."""
+    is_over = threading.Event()
+
+    def log_meanwhile() -> None:
+        while not is_over.is_set():
+            log.info("in the worker")
+
+    thread = threading.Thread(target=log_meanwhile)
+    thread.start()
+    codes = set()
+    for _ in range(count):
+        copy = os.fork()
+        if copy == 0:
+            signal.alarm(10)  # it may wait for a lock that nobody has any more
+            log.warning("in a copy")
+            os._exit(0)
+        codes.add(os.waitstatus_to_exitcode(os.waitpid(copy, 0)[1]))
+    is_over.set()
+    thread.join()
+    return codes
+
+
 def warn() -> None:
     """Warn."""
     warnings.warn("old ways", UserWarning, stacklevel=1)

@@ -165,6 +165,17 @@ def test_records_below_the_parents_level_are_not_handled(
     assert [text.partition("\n")[0] for text in told(caplog)] == ["failed"]
 
 
+def test_copy_that_a_job_forks_is_not_held_up_by_what_it_logs(
+    sqlite_database: Database,
+    make_executor: MakeExecutor,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Another thread may have been sending a record at the fork; its own are dropped."""
+    executor = make_executor(sqlite_database.make_engine, 1, forward_logs=True)
+    assert executor.submit(logging_jobs.log_in_copies, 20).result(LONGEST) == {0}
+    assert set(told(caplog)) <= {"in the worker"}
+
+
 def test_time_limit_does_not_cut_a_record(
     sqlite_database: Database,
     make_executor: MakeExecutor,
