@@ -41,13 +41,16 @@ Call = tuple[object, ...] | Buffer
 """A call on its way: a few short atoms as the arguments of a module's function, or else
 the pickle of all of it."""
 
+Name = tuple[str, str]
+"""The module of a function, and what it is called there."""
+
 Run = tuple[Function | None, list[Call]]
 """Calls of one function in a row; those that are pickles have none."""
 
 
 def pack_call(
     fn: Function, args: tuple[object, ...], kwargs: dict[str, object]
-) -> tuple[Function | None, Call]:
+) -> tuple[Name | None, Call]:
     """Pickle a call for a worker, unless it is short.
 
     Everything is copied here: what the caller changes later does not reach the job. A
@@ -60,8 +63,8 @@ def pack_call(
         kwargs: Its keyword arguments.
 
     Returns:
-        The function and the call, if it is a short one; else None and the pickle, for
-        :func:`unpack_call`.
+        The function's name and the call, if it is a short one; else None and the
+        pickle, for :func:`unpack_call`.
 
     Raises:
         NotPlainError: An argument is tied to a session or connection.
@@ -75,13 +78,11 @@ def pack_call(
         and not kwargs
         and (is_short or _ATOMS.issuperset(map(type, args)))
     ):
-        module = fn.__module__
-        if getattr(sys.modules.get(module), fn.__name__, None) is fn and (
+        module, attribute = name = fn.__module__, fn.__name__
+        if getattr(sys.modules.get(module), attribute, None) is fn and (
             module != "__main__" or not is_interactive()
         ):
-            if is_short:
-                return fn, args
-            return None, pickle.dumps((module, fn.__name__, args), PROTOCOL)
+            return (name, args) if is_short else (None, _dumps_call(name, args))
     try:
         return None, with_code((fn, args, kwargs), pickled)
     except RefusedError as refused:
@@ -104,6 +105,10 @@ def _are_short(args: tuple[object, ...]) -> bool:
     return True
 
 
+def _dumps_call(name: Name, args: Call) -> bytes:
+    return pickle.dumps((*name, args), PROTOCOL)
+
+
 def unpack_call(data: Buffer) -> tuple[Function, tuple[object, ...], dict[str, object]]:
     """Rebuild a call that :func:`pack_call` has pickled.
 
@@ -119,11 +124,9 @@ def unpack_call(data: Buffer) -> tuple[Function, tuple[object, ...], dict[str, o
         return getattr(import_module(module), name), args, {}
 
 
-def dumps_calls(runs: Sequence[Run]) -> bytes:
+def dumps_calls(runs: list[tuple[Name | None, list[Call]]]) -> bytes:
     """Pickle calls that go together; of those that are pickles already, a copy."""
-    return pickle.dumps(
-        [(fn and (fn.__module__, fn.__name__), calls) for fn, calls in runs], PROTOCOL
-    )
+    return pickle.dumps(runs, PROTOCOL)
 
 
 def loads_calls(data: Buffer) -> list[Run]:
@@ -132,12 +135,11 @@ def loads_calls(data: Buffer) -> list[Run]:
     The calls of a function whose module is not imported here become pickles.
     """
     runs: list[Run] = []
-    for place, calls in pickle.loads(data):
-        module, name = place or ("", "")
-        fn = getattr(sys.modules.get(module), "__dict__", {}).get(name)
-        if fn is None and place is not None:
-            pickles = (pickle.dumps((*place, args), PROTOCOL) for args in calls)
-            runs.append((None, list(pickles)))
+    for name, calls in pickle.loads(data):
+        module, attribute = name or ("", "")
+        fn = getattr(sys.modules.get(module), "__dict__", {}).get(attribute)
+        if fn is None and name is not None:
+            runs.append((None, [_dumps_call(name, args) for args in calls]))
         else:
             runs.append((fn, calls))
     return runs

@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 
 from . import _copies, _rules
-from ._boundary import Call, Function, pack_call
+from ._boundary import Call, Name, pack_call
 from ._channel import Kind, Message
 from ._endings import Ending, resolved_error
 from ._exit import at_exit
@@ -99,11 +99,11 @@ class Dispatcher:
 
     # -- Called by other threads --------------------------------------------------
 
-    def add(self, fn: Function | None, call: Call, options: JobOptions) -> Job:
+    def add(self, name: Name | None, call: Call, options: JobOptions) -> Job:
         """Queue a job; the first one starts the thread.
 
         Args:
-            fn: What it calls, as :func:`pack_call` gives it.
+            name: Of the function that it calls, as :func:`pack_call` gives it.
             call: As well.
             options: How it is run.
 
@@ -114,7 +114,7 @@ class Dispatcher:
         # Before the lock: in a copy, a thread that is not there may hold it for ever.
         if self._pid != (_copies.known_pid or os.getpid()):
             self.check_owner()
-        job = Job(fn, call, options)
+        job = Job(name, call, options)
         with self._lock:
             if self._thread is None or self._closing or self._workers.failure:
                 self.check_open()

@@ -82,12 +82,12 @@ class _JobExecutor(Executor):
             WorkerStartError: Workers cannot start; the executor is broken.
         """
         try:
-            function, call = pack_call(fn, args, kwargs)
+            name, call = pack_call(fn, args, kwargs)
         except Exception as exc:
             self._dispatcher.check_owner()
             self._dispatcher.check_open()
             return failed_job(exc)
-        return self._dispatcher.add(function, call, self._options)
+        return self._dispatcher.add(name, call, self._options)
 
     def map(
         self,

@@ -54,8 +54,8 @@ def messages_for(jobs: Sequence[Job], number: int) -> list[Message]:
     messages = []
     for options, group in itertools.groupby(jobs, operator.attrgetter("options")):
         runs = [
-            (fn, [job.call for job in run])
-            for fn, run in itertools.groupby(group, operator.attrgetter("fn"))
+            (name, [job.call for job in run])
+            for name, run in itertools.groupby(group, operator.attrgetter("name"))
         ]
         encoded = dumps_options(options)
         match runs:

@@ -15,7 +15,7 @@ from concurrent.futures._base import FINISHED, PENDING, RUNNING
 from contextlib import suppress
 from typing import Any, TypeAlias
 
-from ._boundary import Call, Function, loads_result
+from ._boundary import Call, Name, loads_result
 from ._channel import Kind, Message
 from ._exceptions import loads_exception, set_cause
 from ._options import DEFAULTS, JobOptions
@@ -95,7 +95,7 @@ class Job(Future[Any]):
     ``as_completed()`` enters those of several futures in the order of their addresses.
 
     Args:
-        fn: The function of a short call; None if the call is a pickle.
+        name: Of the function of a short call; None if the call is a pickle.
         call: What is to be called, until the job is done.
         options: How it is run.
 
@@ -116,7 +116,7 @@ class Job(Future[Any]):
         "_state",
         "_waiters",
         "call",
-        "fn",
+        "name",
         "number",
         "options",
         "read_answer",
@@ -126,13 +126,13 @@ class Job(Future[Any]):
     deliveries = 0
     attempts = 0
 
-    def __init__(self, fn: Function | None, call: Call, options: JobOptions) -> None:
+    def __init__(self, name: Name | None, call: Call, options: JobOptions) -> None:
         # Not Future's own. A test compares what the two have.
         self._made_condition: _Condition | None = None
         self._state = PENDING
         self._result = self._exception = None
         self.read_answer: _ReadAnswer | None = None
-        self.fn = fn
+        self.name = name
         self.call = call
         self.options = options
         self.number = 0

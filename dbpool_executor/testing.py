@@ -22,7 +22,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from . import _worker
 from ._arguments import check_pickles, factory_of
-from ._boundary import Buffer, Call, Function
+from ._boundary import Buffer, Call, Name, dumps_calls, loads_calls
 from ._channel import Kind, Message
 from ._database import NO_KEYWORDS, Database, _here
 from ._dispatcher import _FAILURE_PARTS, Dispatcher
@@ -150,9 +150,9 @@ class _InlineDispatcher(Dispatcher):
         self._is_ours = is_ours
         self._database: _InlineDatabase | None = None  # until the first job
 
-    def add(self, fn: Function | None, call: Call, options: JobOptions) -> Job:
+    def add(self, name: Name | None, call: Call, options: JobOptions) -> Job:
         self.check_owner()
-        job = Job(fn, call, options)
+        job = Job(name, call, options)
         with self._lock:
             self.check_open()
             self._start()
@@ -204,8 +204,9 @@ class _InlineDispatcher(Dispatcher):
             assert self._workers.failure is not None  # noqa: S101 - or it has started
             return self._workers.failure.error()
         options = self._database.adapted(job.options)
+        ((fn, (call,)),) = loads_calls(dumps_calls([(job.name, [job.call])]))
         while True:
-            told = Message(*_worker._run(self._database, job.fn, job.call, options))
+            told = Message(*_worker._run(self._database, fn, call, options))
             if told.kind is Kind.RESULT:
                 return told
             job.attempts += 1

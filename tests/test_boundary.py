@@ -357,8 +357,8 @@ def crossed(
     fn: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Function, tuple[Any, ...], dict[str, Any]]:
     """Give a call as it comes to a worker."""
-    function, call = pack_call(fn, args, kwargs)
-    ((function, (call,)),) = loads_calls(dumps_calls([(function, [call])]))
+    name, call = pack_call(fn, args, kwargs)
+    ((function, (call,)),) = loads_calls(dumps_calls([(name, [call])]))
     if not isinstance(call, tuple):
         return unpack_call(call)
     assert function is not None
@@ -418,11 +418,11 @@ LONG = [("x" * 65,), (1,) * 9, (1, "x" * 100_000), ([1],), (b"x",)]
 @pytest.mark.parametrize("args", [*SHORT, *LONG])
 def test_call_is_pickled_at_once_unless_it_is_short(args: tuple[object, ...]) -> None:
     """A short one goes with hundreds of others, and must not make their message long."""
-    fn, call = pack_call(jobs.give, args, {})
+    name, call = pack_call(jobs.give, args, {})
     if args in SHORT:
-        assert (fn, call) == (jobs.give, args)
+        assert (name, call) == (("jobs", "give"), args)
     else:
-        assert fn is None
+        assert name is None
         assert isinstance(call, bytes)
     assert crossed(jobs.give, args, {}) == (jobs.give, args, {})
 
@@ -437,6 +437,16 @@ def test_call_is_copied_when_it_is_made() -> None:
     _, (array_then, items_then), _ = unpack_call(call)
     np.testing.assert_array_equal(array_then, np.zeros(10_000))
     assert items_then == [1]
+
+
+def test_function_that_gets_another_name_is_still_the_one_that_is_called(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also if that happens before the call is sent, with others."""
+    name, call = pack_call(jobs.add, (1, 2), {})
+    monkeypatch.setattr(jobs.add, "__name__", "give")
+    monkeypatch.setattr(jobs.add, "__module__", threading.Lock())
+    assert loads_calls(dumps_calls([(name, [call])])) == [(jobs.add, [(1, 2)])]
 
 
 # -- What crosses, with workers ------------------------------------------------------
@@ -748,7 +758,7 @@ def test_text_is_not_taken_for_the_name_of_a_module() -> None:
 
 def test_module_that_was_not_imported_is_imported_for_a_call() -> None:
     """A worker comes by the modules of its jobs in this way."""
-    calls = dumps_calls([(jobs.add, [(1, 2)])])
+    calls = dumps_calls([(("jobs", "add"), [(1, 2)])])
     program = (
         "import sys; from dbpool_executor._boundary import loads_calls, unpack_call\n"
         "((fn, (call,)),) = loads_calls(sys.stdin.buffer.read())\n"

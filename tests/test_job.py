@@ -25,7 +25,7 @@ import pytest
 
 import jobs
 from dbpool_executor import _job
-from dbpool_executor._boundary import Call, Function, loads_calls
+from dbpool_executor._boundary import Call, Name, loads_calls
 from dbpool_executor._channel import Kind, Message
 from dbpool_executor._dispatcher import Dispatcher
 from dbpool_executor._groups import _GROUP_BYTES, messages_for, next_jobs
@@ -198,7 +198,7 @@ def test_collector_of_garbage_looks_at_a_fifth_for_a_future() -> None:
     """There may be a hundred thousand of them, and it looks at each more than once."""
 
     def make_short() -> Job:
-        return Job(len, (1,), DEFAULTS)
+        return Job(("jobs", "give"), (1,), DEFAULTS)
 
     def objects_of(make: Callable[[], object]) -> int:
         before = len(gc.get_objects())
@@ -335,8 +335,8 @@ def test_jobs_with_the_same_options_go_in_one_message() -> None:
     A pickle that would be alone in one is not pickled once more.
     """
     limits = DEFAULTS.with_(retries=1)
-    give: tuple[Function, Call] = jobs.give, (1,)
-    add: tuple[Function, Call] = jobs.add, (1, 2)
+    give: tuple[Name, Call] = ("jobs", "give"), (1,)
+    add: tuple[Name, Call] = ("jobs", "add"), (1, 2)
     packed = None, b"pickle"
     waiting = [
         *(Job(*call, DEFAULTS) for call in (give, give, packed, packed, add, give)),

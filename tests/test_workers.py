@@ -107,7 +107,7 @@ def workers() -> Iterator[Workers]:
 
 def make_jobs(count: int) -> list[Job]:
     """Make jobs as ``submit()`` does."""
-    return [Job(jobs.pid, (), DEFAULTS) for _ in range(count)]
+    return [Job(("jobs", "pid"), (), DEFAULTS) for _ in range(count)]
 
 
 def answer(workers: Workers, worker: Worker, count: int) -> None:
@@ -356,7 +356,7 @@ def when_callers_gave_way(
         for millisecond in range(6):
             pauses = len(clock.pauses)
             for _ in range(2):
-                dispatcher.add(jobs.pid, (), DEFAULTS)
+                dispatcher.add(("jobs", "pid"), (), DEFAULTS)
             found.extend([millisecond] * (len(clock.pauses) - pauses))
             clock.now += 0.001
         return select(0.0)
