@@ -69,6 +69,7 @@ class CommitWatch:
     Attributes:
         by_the_job: Whether the running job has committed anything by itself.
         is_ending: Whether its function is over: the commits from here on are not its own.
+        is_used: Whether there is anything to forget before the next job.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class CommitWatch:
         self._alarm = alarm
         self.by_the_job = False
         self.is_ending = False
+        self.is_used = False
         # What the database undid, and where.
         self._undone: dict[DBAPIConnection | None, str] = {}
         self._begun: list[DBAPIConnection | None] = []  # connections used by the job
@@ -100,9 +102,14 @@ class CommitWatch:
 
     def begin_job(self) -> None:
         """Note that what follows is the next job's."""
-        self.by_the_job = self.is_ending = False
+        self.by_the_job = self.is_ending = self.is_used = False
         self._begun.clear()
         self._undone.clear()
+        self._record.note_xid(0)
+
+    def end_job(self) -> None:
+        """Note that the function of the job is over."""
+        self.is_ending = self.is_used = True
 
     def roll_back(self) -> None:
         """Roll back what is open, after a COMMIT has failed.
@@ -217,15 +224,16 @@ class CommitWatch:
         except BaseException:
             _roll_back(where)
             raise
-        self.by_the_job = self.by_the_job or not self.is_ending
-        self._record.advance(Phase.COMMITTING)
+        self._note_commit()
 
     def _note_commit(self) -> None:
+        self.is_used = True
         self.by_the_job = self.by_the_job or not self.is_ending
         self._record.advance(Phase.COMMITTING)
 
     def _before_begin(self, connection: PoolProxiedConnection) -> None:
         where = connection.dbapi_connection
+        self.is_used = True
         self._begun.append(where)
         if self.is_ending:
             return
@@ -253,6 +261,7 @@ class CommitWatch:
             return
         if connection is None or connection.invalidated:
             return
+        self.is_used = True
         number = _drivers.mysql_number(error)
         where = connection.connection.dbapi_connection
         if number == _drivers.DEADLOCK:

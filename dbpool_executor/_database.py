@@ -41,21 +41,23 @@ from .errors import (
 
 log = logging.getLogger("dbpool_executor")
 
+_COMMITTED = Phase.COMMITTED  # to look up a member takes as long as a call
+
 NO_KEYWORDS: Mapping[str, Any] = {}
 
 
 class _Here(threading.local):
     """What runs in a thread."""
 
-    database: Database | None = None  # that of the job that it runs
+    database: Database | None = None  # whose jobs run in it
 
 
-_here = _Here()
+here = _Here()
 
 
 def _running_database(name: str) -> Database:
-    database = _here.database
-    if database is None:
+    database = here.database
+    if database is None or not database.is_running:
         raise OutsideJobError(name)
     return database
 
@@ -73,22 +75,22 @@ class _JobRegistry(ScopedRegistry[Session]):
         pass
 
     def __call__(self) -> Session:
-        database = _here.database
-        if database is None:
+        database = here.database
+        if database is None or not database.is_running:
             raise OutsideJobError("session")
         if database.session is None:
             database.session = database.sessions.open()
         return database.session
 
     def has(self) -> bool:
-        return _here.database is not None and _here.database.session is not None
+        return here.database is not None and here.database.session is not None
 
     def set(self, obj: Session) -> None:
         _running_database("session").session = obj
 
     def clear(self) -> None:
-        if _here.database is not None:
-            _here.database.session = None
+        if here.database is not None:
+            here.database.session = None
 
 
 session: scoped_session[Session] = scoped_session(_open_session)  # type: ignore[arg-type]
@@ -168,6 +170,7 @@ class Database:
         )
         event.listen(self.sessions.maker, "after_commit", self._commits.after_commit)
         event.listen(engine, "connect", _drivers.note_thread_id)
+        self.is_running = False  # a job
         self._pid = os.getpid()
         self._options = DEFAULTS  # of the running job, or the last one
         self._job_engine = engine  # with its options
@@ -200,8 +203,9 @@ class Database:
         """
         if options is not self._options:
             self._adopt(options)
-        _here.database = self
-        self._commits.begin_job()
+        if self._commits.is_used:
+            self._commits.begin_job()
+        self.is_running = True
         try:
             if options.timeout is None:
                 return self._run(fn, args, kwargs)
@@ -224,16 +228,9 @@ class Database:
         except BaseException as exc:
             raise self._exact(JobExitedError(repr(exc))) from exc
         finally:
-            self._commits.is_ending = True
-            if self.session is not None:
-                try:
-                    self.sessions.end(self.session)
-                finally:
-                    self.session = None  # also one that a listener has opened
-            if self._was_lent:
-                self._was_lent = False
-                self._take_back(getattr(fn, "__qualname__", repr(fn)))
-            _here.database = None
+            if self.session is not None or self._was_lent:
+                self._end(fn)
+            self.is_running = False
 
     @property
     def failed_outcome(self) -> Outcome:
@@ -289,7 +286,7 @@ class Database:
         if options.resolve and self.engine.dialect.name != "postgresql":
             raise ResolveNotSupportedError(self.engine.dialect.name)
         try:
-            result = fn(*args, **kwargs)
+            result = fn(*args, **kwargs) if kwargs else fn(*args)
         finally:
             if self._pid != (_copies.known_pid or os.getpid()):
                 _end_copy(fn)
@@ -299,13 +296,14 @@ class Database:
         # Pickled before the commit: a job whose result cannot travel must be rolled
         # back, not committed and then reported as failed.
         parts = dumps_result(result)
-        self._commits.is_ending = True
         if current is not None:
+            self._commits.end_job()
             self._commit(current)
             return parts
-        self.alarm.begin_commit()
+        if options.timeout is not None:
+            self.alarm.begin_commit()
         if options.commit and not self._commits.by_the_job:
-            self._record.advance(Phase.COMMITTED)
+            self._record.advance(_COMMITTED)
         return parts
 
     def _commit(self, current: Session) -> None:
@@ -343,6 +341,17 @@ class Database:
         if self._commits.by_the_job and error.outcome is Outcome.ROLLED_BACK:
             error.outcome = Outcome.UNKNOWN
         return error
+
+    def _end(self, fn: Callable[..., object]) -> None:
+        self._commits.end_job()
+        if self.session is not None:
+            try:
+                self.sessions.end(self.session)
+            finally:
+                self.session = None  # also one that a listener has opened
+        if self._was_lent:
+            self._was_lent = False
+            self._take_back(getattr(fn, "__qualname__", repr(fn)))
 
     def _take_back(self, name: str) -> None:
         """Close the connections that a job took and did not give back."""

@@ -56,9 +56,9 @@ class PhaseRecord:
         # First written, then read, against recall(), which writes first and has
         # begun() read a while later: at least one of the two sees the other.
         self._begun = number
-        self._words[2] = 0  # what another job has noted
-        self._words[0] = number << 2 | _RUNNING
-        return number > self._words[1]
+        words = self._words
+        words[0] = number << 2 | _RUNNING
+        return number > words[1]
 
     def advance(self, phase: Phase) -> None:
         """Note the phase of the job that was begun last."""

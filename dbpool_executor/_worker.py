@@ -29,7 +29,7 @@ from sqlalchemy import Engine
 from ._answers import AnswerWriter
 from ._boundary import Buffer, Call, Function, Run, loads_calls, unpack_call
 from ._channel import Channel, Kind, Message
-from ._database import NO_KEYWORDS, Database, current_engine
+from ._database import NO_KEYWORDS, Database, current_engine, here
 from ._exceptions import dumps_exception, set_cause
 from ._inheritance import bury_inherited, freeze
 from ._leaving import leave
@@ -45,6 +45,8 @@ from .errors import ArgumentsLostError, Outcome
 
 T = TypeVar("T")
 
+# To look up a member takes as long as to call a function (CPython 3.11).
+_RESULT, _FAILURE = Kind.RESULT, Kind.FAILURE
 _CANCEL_GRACE = 1.0  # seconds
 _NEW_OBJECTS = 10_000  # after which garbage is collected
 
@@ -135,6 +137,7 @@ def main(end: socket.socket | None, sent: SentSetup) -> None:
                 forwarder.take_over(setup.log_levels)
             database = Database(setup.engine_factory, setup.session_options, record)
             databases.append(database)
+            here.database = database
             if forwarder is not None:
                 forwarder.uninterrupted = database.alarm.paused
             watch_limit(database.engine, setup.max_workers, tell)
@@ -213,7 +216,7 @@ def _serve(
     database: Database,
     record: PhaseRecord,
 ) -> None:
-    last = 0
+    due = 1  # number of the next job
     while True:
         try:
             messages = deque(channel.receive())
@@ -221,38 +224,38 @@ def _serve(
             return
         start = time.monotonic_ns()
         while messages:
-            kind, parts, following = messages.popleft()
+            kind, parts, first = messages.popleft()
+            if first < due:
+                continue  # it was sent twice, see Offer
+            due = first
             options = loads_options(bytes(parts[1]))
             runs: list[Run]
             runs = loads_calls(parts[0]) if kind is Kind.JOBS else [(None, [parts[0]])]
             is_group = len(runs) > 1 or len(runs[0][1]) > 1
             writer = answers if is_group else None
             for fn, calls in runs:
-                for call in calls:
-                    number, following = following, following + 1
-                    if number <= last:
-                        continue  # it was sent twice, see Offer
-                    last = number
+                for number, call in enumerate(calls, due):
                     # Begun before it is unpickled: that runs the caller's code too.
                     if not record.begin(number):
                         channel.send(Message(Kind.RETURNED, number=number))
                         continue
                     kind, answer = _run(database, fn, call, options)
-                    if database.was_interrupted:
-                        # A cursor that nobody closed holds SQLite's lock as long as it
-                        # lives, and the interrupt's frames may be a cycle.
-                        database.was_interrupted = False
-                        gc.collect()
                     end = time.monotonic_ns()
                     is_given = (
                         writer is not None
-                        and kind is Kind.RESULT
+                        and kind is _RESULT
                         and writer.write(number, answer, end - start)
                     )
                     if not is_given:
+                        if database.was_interrupted:
+                            # A cursor that nobody closed holds SQLite's lock as long as
+                            # it lives, and the interrupt's frames may be a cycle.
+                            database.was_interrupted = False
+                            gc.collect()
                         channel.send_one(kind, answer, end - start)
                     start = end
                     del answer
+                due += len(calls)
             # Its arguments may be large, and the next job long in coming.
             del parts, runs, calls, call
 
@@ -270,10 +273,10 @@ def _run(
                 what += f" (only plain values cross between processes, {WITH_CODE})"
             error = ArgumentsLostError(what)
             set_cause(error, exc)
-            return Kind.FAILURE, dumps_exception(error)
+            return _FAILURE, dumps_exception(error)
     assert fn is not None  # noqa: S101 - or the call would be a pickle
     try:
-        return Kind.RESULT, database.run(fn, call, kwargs, options)
+        return _RESULT, database.run(fn, call, kwargs, options)
     except Exception as exc:
         trace = exc.__traceback__
         while trace is not None and trace.tb_frame.f_globals.get("__package__") == (
@@ -283,7 +286,7 @@ def _run(
         exc = exc.with_traceback(trace)
         parts = dumps_exception(exc, database.failed_outcome)
         repeats = options.retries > 0 and database.may_repeat(exc)
-        return Kind.FAILURE, [*parts, b"1"] if repeats else parts
+        return _FAILURE, [*parts, b"1"] if repeats else parts
 
 
 def _tell(channel: Channel, text: str) -> None:

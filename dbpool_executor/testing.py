@@ -24,7 +24,7 @@ from . import _worker
 from ._arguments import check_pickles, factory_of
 from ._boundary import Buffer, Call, Name, dumps_calls, loads_calls
 from ._channel import Kind, Message
-from ._database import NO_KEYWORDS, Database, _here
+from ._database import NO_KEYWORDS, Database, here
 from ._dispatcher import _FAILURE_PARTS, Dispatcher
 from ._drivers import is_aborted
 from ._exceptions import dumps_exception
@@ -167,7 +167,7 @@ class _InlineDispatcher(Dispatcher):
 
     def check_owner(self) -> None:
         super().check_owner()
-        if _here.database is not None:
+        if here.database is not None:
             raise RuntimeError(
                 "an InlineExecutor was used inside a job, which would mix two "
                 "transactions; submit from outside, or call the function itself"
@@ -274,7 +274,11 @@ class _InlineDatabase(Database):
         self._record.begin(1)
         # What the test has checked out is not the job's to close.
         self._of_others = weakref.WeakSet(super()._entries_in_use())
-        return super().run(fn, args, kwargs, options)
+        here.database = self
+        try:
+            return super().run(fn, args, kwargs, options)
+        finally:
+            here.database = None
 
     def _entries_in_use(self) -> list[ConnectionPoolEntry]:
         return [e for e in super()._entries_in_use() if e not in self._of_others]

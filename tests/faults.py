@@ -327,6 +327,40 @@ class DiesOnUnpickling:
         return die, ()
 
 
+class CallsOnUnpickling:
+    """Has a function called where it is unpickled.
+
+    Args:
+        name: Of the function, here.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return call_of_name, (self.name,)
+
+
+def call_of_name(name: str) -> None:
+    """Call a function of this module, for what it does."""
+    globals()[name]()
+
+
+def keep_engine() -> None:
+    """Keep the engine for later jobs, which do not ask for it."""
+    global _kept_engine
+    _kept_engine = current_engine()
+
+
+_kept_engine: Engine
+
+
+def insert_by_kept_engine(name: str) -> None:
+    """Write an item and commit it, through the engine that was kept."""
+    with _kept_engine.begin() as connection:
+        connection.execute(insert(Item).values(name=name, amount=0))
+
+
 class FailsToPickle:
     """Raises when it is pickled."""
 

@@ -276,6 +276,20 @@ def test_terminated_commit_is_resolved(
 
 
 @only_postgresql
+def test_transaction_of_a_job_is_not_asked_for_after_the_next_one(
+    database: Database, make_executor: MakeExecutor
+) -> None:
+    """What has become of it would be told as the other one's outcome."""
+    executor = make_executor(database.make_engine, 1)
+    view = executor.options(resolve=True)
+    view.submit(jobs.insert_item, "a").result(LONGEST)
+    (worker,) = executor._dispatcher._workers.all.values()
+    assert worker.body.xid() > 0
+    executor.submit(jobs.insert_item, "b").result(LONGEST)
+    assert worker.body.xid() == 0
+
+
+@only_postgresql
 def test_commit_of_a_killed_worker_is_resolved_when_it_ends(
     database: Database, make_executor: MakeExecutor
 ) -> None:

@@ -365,6 +365,35 @@ def test_job_that_exits_ends_neither_worker_nor_parent(
     assert database.count() == 0
 
 
+@pytest.mark.parametrize(
+    ("before", "args"),
+    [
+        (jobs.give, (1,)),
+        (jobs.session_settings, ()),
+        (jobs.insert_item, ("b",)),
+        (jobs.insert_by_core, ("b",)),
+        (faults.insert_by_kept_engine, ("b",)),
+        (faults.commit_oneself_and_exit, ("b",)),
+    ],
+)
+def test_outcome_is_that_of_the_job_alone(
+    database: Database,
+    make_executor: MakeExecutor,
+    before: Callable[..., object],
+    args: tuple[Any, ...],
+) -> None:
+    """Whatever the one before has used or committed."""
+    executor = make_executor(database.make_engine, 1, initializer=faults.keep_engine)
+    for call, outcome in (
+        ((jobs.insert_and_raise, "a", SystemExit(3)), Outcome.ROLLED_BACK),
+        ((faults.commit_oneself_and_exit, "a"), Outcome.UNKNOWN),
+    ):
+        executor.submit(before, *args).exception(LONGEST)
+        with pytest.raises(JobExitedError) as raised:
+            executor.submit(*call).result(LONGEST)
+        assert raised.value.outcome is outcome
+
+
 # -- The job raises -------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ import faults
 import jobs
 import servers
 from dbpool_executor import (
+    ArgumentsLostError,
     NotPlainError,
     Outcome,
     OutsideJobError,
@@ -286,6 +287,21 @@ def test_outside_a_job_there_is_no_session(use: object, name: str) -> None:
     """The parent process is told that it is not a job."""
     with pytest.raises(OutsideJobError, match=f"^{name} was used outside a job"):
         use()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [("session", "session"), ("current_engine", r"current_engine\(\)")],
+)
+def test_between_two_jobs_there_is_no_session(
+    sqlite_database: Database, make_executor: MakeExecutor, function: str, name: str
+) -> None:
+    """What unpickles an argument is not the job yet, though it runs in its thread."""
+    executor = make_executor(sqlite_database.make_engine, 1)
+    executor.submit(jobs.insert_item, "a").result(LONGEST)
+    call = executor.submit(jobs.give, faults.CallsOnUnpickling(function))
+    with pytest.raises(ArgumentsLostError, match=f"{name} was used outside a job"):
+        call.result(LONGEST)
 
 
 def test_thread_of_a_job_has_no_session(
