@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import struct
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -29,6 +30,9 @@ from .errors import NotPlainError, Outcome
 
 _SHORT = {type(None), bool, int, float}  # as plain as can be, and of a few bytes
 _ATOMS = _SHORT | {str}
+# The pickle of a number of 32 bits. pickle.dumps() makes a pickler each time.
+_pack_int = struct.Struct("<3sic").pack
+_PROTO_BININT = pickle.PROTO + bytes([PROTOCOL]) + pickle.BININT
 _FEW = 8  # arguments of a short call
 _SHORT_TEXT = 64  # characters of one of them
 
@@ -72,7 +76,13 @@ def pack_call(
     """
     # A pickler that asks for more costs more than all the rest of a short call, and so
     # does the pickle of a function, which imports its module each time.
-    is_short = _are_short(args)
+    is_short = len(args) <= _FEW
+    for arg in args:
+        if type(arg) not in _SHORT and not (
+            type(arg) is str and len(arg) <= _SHORT_TEXT
+        ):
+            is_short = False
+            break
     if (
         type(fn) is FunctionType
         and not kwargs
@@ -91,18 +101,6 @@ def pack_call(
     except Exception as exc:
         _note_culprit(exc, {"fn": fn, "args": args, "kwargs": kwargs})
         raise
-
-
-def _are_short(args: tuple[object, ...]) -> bool:
-    if len(args) > _FEW:
-        return False
-    for arg in args:
-        if type(arg) is str:
-            if len(arg) > _SHORT_TEXT:
-                return False
-        elif type(arg) not in _SHORT:
-            return False
-    return True
 
 
 def _dumps_call(name: Name, args: Call) -> bytes:
@@ -158,6 +156,11 @@ def dumps_result(value: object) -> list[Buffer]:
         NotPlainError: Something in the value is tied to a session or connection.
         Exception: Whatever the pickling of the value raises.
     """
+    if type(value) is int:
+        try:
+            return [_pack_int(_PROTO_BININT, value, b".")]
+        except struct.error:
+            pass  # it takes more than 32 bits
     if type(value) in _SHORT:
         return [pickle.dumps(value, PROTOCOL)]
     try:

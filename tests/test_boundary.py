@@ -365,6 +365,17 @@ def crossed(
     return function, call, {}
 
 
+@pytest.mark.parametrize(
+    "value",
+    [sign * (1 << bits) + more for bits in (7, 8, 15, 16, 31, 32, 63, 64, 900)
+     for sign in (1, -1) for more in (-1, 0, 1)] + [0, True, False, None, 0.5],
+)  # fmt: skip
+def test_number_comes_back_as_it_is(value: object) -> None:
+    """Of those that take few bits the pickle is made by hand."""
+    found = loads_result(dumps_result(value))
+    assert (type(found), found) == (type(value), value)
+
+
 @pytest.mark.parametrize("kind", PLAIN)
 def test_plain_value_comes_back_equal(kind: str) -> None:
     """As a result and as an argument, with the type it had."""
