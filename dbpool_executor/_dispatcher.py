@@ -6,6 +6,7 @@ it sends the jobs that wait to idle workers, and settles the futures of those an
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
@@ -22,7 +23,7 @@ from ._boundary import Call, Name, pack_call
 from ._channel import Kind, Message
 from ._endings import Ending, resolved_error
 from ._exit import at_exit
-from ._job import Job, Told, end_unasked
+from ._job import Job, Told, end_unasked, read
 from ._local import LocalWorker
 from ._logs import handle_record
 from ._offer import Offers
@@ -78,16 +79,19 @@ class Dispatcher:
         self._thread: threading.Thread | None = None
         # True while the thread sleeps and a new job would be something to do.
         self._listening = False
-        self._is_acting = False  # the thread has something to do for the workers
-        # On time.monotonic(): when it will, by what is known; while it listens, from when
-        # it is woken.
+        # When the thread has something to do for the workers, on time.monotonic(): 0
+        # while it does it, infinite while it waits for a job; and then how many seconds
+        # after that.
         self._due = math.inf
+        self._until_due = 0.0
         self._bell, self._ear = make_ends()
         self._bell.setblocking(False)
         self._ear.setblocking(False)
         # From here on the thread's own.
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._ear, selectors.EVENT_READ)
+        self._napping = selectors.DefaultSelector()  # hears the bell alone
+        self._napping.register(self._ear, selectors.EVENT_READ)
         # While it sleeps: what callers may do without it.
         self._offers = Offers(self._lock, self._selector, self._wake)
         self._workers = Workers(start_worker, max_workers, max_jobs, self._selector)
@@ -120,22 +124,24 @@ class Dispatcher:
                 self.check_open()
                 self._begin()  # or it would not be open
             offer = self._offers.standing
-            if offer is not None and options.timeout is None and offer.take(job):
+            if offer is None:
+                self._waiting.append(job)
+                is_heard = not self._listening
+            elif options.timeout is None and offer.take(job):
                 job.read_answer = self._offers.read_answer
                 is_heard = offer.unsent == b""
             else:
-                if offer is not None:
-                    offer.is_open = False  # a later job must not overtake this one
+                offer.is_open = False  # a later job must not overtake this one
                 self._waiting.append(job)
                 is_heard = not self._listening
         if not is_heard:
+            self._due = time.monotonic() + self._until_due
             self._wake()
         # The thread is in a call to the system, or about to wake. It would have to wait
         # for the interpreter, 5 ms by default, if this one submitted on and on.
-        if self._is_acting:
-            time.sleep(_WAY_SECONDS)
-        elif not self._listening and (now := time.monotonic()) >= self._due:
-            self._due = now + _WAY_EVERY
+        if (now := time.monotonic()) >= self._due:
+            if self._due:
+                self._due = now + _WAY_EVERY
             time.sleep(_WAY_SECONDS)
         return job
 
@@ -312,31 +318,33 @@ class Dispatcher:
         if self._listening and timeout != 0.0 and not self._closing:
             self._offers.standing = workers.offer()
         # Last: whoever is woken needs the interpreter, which is let go of only now.
-        self._is_acting = False
+        self._due = math.inf
         self._settle()
-        # Not self._listening: it may have been woken meanwhile, and is not to nap then.
-        nap = 0.0 if is_listening else workers.seconds_to_nap(len(self._waiting))
-        self._due = time.monotonic() + _rules.seconds_until_due(
+        nap = workers.seconds_to_nap(len(self._waiting))
+        # Not self._listening: it may have been woken meanwhile.
+        self._until_due = _rules.seconds_until_due(
             nap=nap,
             seconds_per_job=workers.usual_seconds,
             is_listening=is_listening,
         )
+        if not is_listening:
+            self._due = time.monotonic() + self._until_due
         if nap:
-            time.sleep(nap)
+            self._napping.select(nap)
         events = self._selector.select(0.0 if self._told else timeout)
         if self._postponed:
             # Else the worker that answers fastest would always be the first.
             events.sort(key=lambda event: event[0].data not in self._postponed)
             self._postponed.clear()
-        self._is_acting = True
+        self._due = 0.0
         self._listening = False
-        read = self._withdraw()
+        withdrawn = self._withdraw()
         if self._sparing:
             # Before the answers that came meanwhile: by those it would spare too many.
             self._sparing = False
             self._spare(workers.wanting(len(self._waiting)))
-        if read is not None:
-            self._take_in(*read)
+        if withdrawn is not None:
+            self._take_in(*withdrawn)
         is_long_told = False
         for key, mask in events:
             worker: Worker | None = key.data
@@ -408,14 +416,14 @@ class Dispatcher:
         Returns:
             How many, and the nanoseconds that they have taken.
         """
-        answers, sent, told = worker.body.answers.waiting, worker.sent, self._told
-        answered = nanoseconds = 0
-        while answers and sent and answers[0][0] == sent[0].number:
-            _, spent, pickle = answers.popleft()
-            told.append((sent.popleft(), pickle))
-            answered += 1
-            nanoseconds += spent
-        return answered, nanoseconds
+        answers, sent = worker.body.answers, worker.sent
+        count = answers.count
+        if not count:
+            return 0, 0
+        first = itertools.islice(sent, count)
+        pickles, nanoseconds = answers.take([job.number for job in first])
+        self._told += zip([sent.popleft() for _ in pickles], pickles, strict=True)
+        return len(pickles), nanoseconds
 
     def _take_in(self, worker: Worker, messages: list[Message]) -> None:
         # All short ones that were given before these are there by now.
@@ -449,7 +457,7 @@ class Dispatcher:
                 self._workers.take_note(bytes(message.parts[0]).decode())
             elif kind is Kind.START_FAILURE:
                 worker.start_failure = message.parts
-            if worker.body.answers.waiting:
+            if worker.body.answers.count:
                 more, longer = self._take_answers(worker)
                 answered += more
                 nanoseconds += longer
@@ -498,8 +506,7 @@ class Dispatcher:
         if not self._told:
             return
         told, self._told = self._told, []
-        ends = [job.read(answer) for job, answer in told]
-        failed = sum(error is not None for _, _, error in ends)
+        ends, failed = read(told)
         self._failed += failed
         self._done += len(ends) - failed
         # Whoever is woken wants the interpreter: last, when all else is done.
@@ -551,6 +558,7 @@ class Dispatcher:
     def _free(self) -> None:
         self._offers.close()
         self._selector.close()
+        self._napping.close()
         self._bell.close()
         self._ear.close()
 

@@ -16,7 +16,6 @@ from ._job import Job, taken
 from ._options import dumps_options
 
 _GROUP_BYTES = 1 << 16  # of calls in one message; a longer one goes alone
-_SHORT_BYTES = 40  # of a short call among others, most often
 
 
 def next_jobs(waiting: deque[Job], count: int, *, alone: bool) -> list[Job]:
@@ -29,18 +28,20 @@ def next_jobs(waiting: deque[Job], count: int, *, alone: bool) -> list[Job]:
     """
     jobs: list[Job] = []
     size = 0
-    while waiting and len(jobs) < count:
-        job = waiting[0]
-        limited = job.options.timeout is not None
-        if limited and (jobs or not alone):
+    for _ in range(min(count, len(waiting))):
+        job = waiting.popleft()
+        if type(job.call) is not tuple:
+            size += len(job.call)
+        if job.options.timeout is not None:
+            if jobs or not alone:
+                waiting.appendleft(job)
+            else:
+                jobs.append(job)
             break
-        call = job.call
-        size += _SHORT_BYTES if type(call) is tuple else len(call)
         if size > _GROUP_BYTES and jobs:
+            waiting.appendleft(job)
             break
-        jobs.append(waiting.popleft())
-        if limited:
-            break
+        jobs.append(job)
     return taken(jobs)
 
 

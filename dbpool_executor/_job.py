@@ -110,7 +110,6 @@ class Job(Future[Any]):
     # What is added late to a dictionary takes more memory, and more time.
     __slots__ = (
         "_done_callbacks",
-        "_exception",
         "_made_condition",
         "_result",
         "_state",
@@ -119,10 +118,11 @@ class Job(Future[Any]):
         "name",
         "number",
         "options",
-        "read_answer",
     )
 
     # Nearly no job has its own.
+    _exception = None
+    read_answer: _ReadAnswer | None = None
     deliveries = 0
     attempts = 0
 
@@ -130,8 +130,7 @@ class Job(Future[Any]):
         # Not Future's own. A test compares what the two have.
         self._made_condition: _Condition | None = None
         self._state = PENDING
-        self._result = self._exception = None
-        self.read_answer: _ReadAnswer | None = None
+        self._result = None
         self.name = name
         self.call = call
         self.options = options
@@ -167,6 +166,8 @@ class Job(Future[Any]):
             CancelledError: The future was cancelled.
             Exception: Whatever the job raised, or a DBPoolError.
         """
+        if self._state == FINISHED and self._exception is None:
+            return self._result
         if self._state != FINISHED and self.read_answer is not None:
             timeout = self.read_answer(self, timeout)
         if self._state != FINISHED:
@@ -209,8 +210,8 @@ class Job(Future[Any]):
         """Say whether somebody may have to be told when it is done."""
         return self._made_condition is not None
 
-    def read(self, told: Told) -> _End:
-        """Read what an answer brings.
+    def read(self, told: Message | BaseException) -> _End:
+        """Read what an answer brings; for a short one there is :func:`read`.
 
         Args:
             told: The answer, or an error of the parent's own.
@@ -221,18 +222,20 @@ class Job(Future[Any]):
         if isinstance(told, BaseException):
             return self, None, told
         try:
-            if isinstance(told, bytes):
-                return self, pickle.loads(told), None
             if told.kind is Kind.RESULT:
                 return self, loads_result(told.parts), None
         except BaseException as exc:  # also a SystemExit must not end the thread
-            commits = self.options.commit
-            outcome = Outcome.COMMITTED if commits else Outcome.UNKNOWN
-            error = ResultLostError(f"unpickling it raised {exc!r}", outcome)
-            set_cause(error, exc)
-            self.attempts += 1
-            return self, None, error
+            return self.unreadable(exc)
         return self, None, loads_exception(told.parts)
+
+    def unreadable(self, exc: BaseException) -> _End:
+        """Tell that its result does not unpickle."""
+        commits = self.options.commit
+        outcome = Outcome.COMMITTED if commits else Outcome.UNKNOWN
+        error = ResultLostError(f"unpickling it raised {exc!r}", outcome)
+        set_cause(error, exc)
+        self.attempts += 1
+        return self, None, error
 
     def end_unasked(self, result: object) -> bool:
         """Give it its result, if nobody is to be told.
@@ -285,13 +288,41 @@ def failed_job(error: Exception) -> Job:
 # repeated here: to call them would take ten times as long.
 
 
-def taken(jobs: Sequence[Job]) -> list[Job]:
+def taken(jobs: list[Job]) -> list[Job]:
     """Take jobs, and give those that are still to be done."""
+    others = False
     with _lock:
         for job in jobs:
             if job._state == PENDING and job._made_condition is None:
                 job._state = RUNNING
+            else:
+                others = True
+    if not others:
+        return jobs
     return [job for job in jobs if job._state == RUNNING or job.take()]
+
+
+def read(told: Sequence[tuple[Job, Told]]) -> tuple[list[_End], int]:
+    """Read what answers bring.
+
+    Returns:
+        The jobs, each with its result or its exception, and the number of exceptions.
+    """
+    ends: list[_End] = []
+    failed = 0
+    loads = pickle.loads
+    for job, answer in told:
+        if isinstance(answer, bytes):
+            try:
+                ends.append((job, loads(answer), None))
+                continue
+            except BaseException as exc:
+                end = job.unreadable(exc)
+        else:
+            end = job.read(answer)
+        failed += end[2] is not None
+        ends.append(end)
+    return ends, failed
 
 
 def end_unasked(ends: Sequence[_End]) -> list[_End]:

@@ -21,11 +21,13 @@ PATIENCE = 0.005
 worker while another is idle, before they are taken back."""
 
 _GROUP_SECONDS = 0.005  # work in one message
+_TURN_SECONDS = 0.0015  # between two turns, while callers submit jobs of microseconds
 _GROUP_MOST = 500  # jobs, however short
 _GROUPS = 3  # that a worker may have
 _LEAST_SECONDS = 0.0003  # work in a message, if so much waits; a tenth is its cost
 _UNREAD_BYTES = 1 << 15  # that a channel takes on every system
 _UNREAD_ANSWERS = 200  # of which each takes memory beside its bytes
+_MANY = 4  # answers that are worth a nap
 _SHORTEST_NAP = 0.0002  # seconds; below it the system's timers cost more than they save
 
 _FIRST_DELAY = 0.1  # seconds between a failed start and the next one
@@ -90,7 +92,12 @@ def group_size(seconds_per_job: float) -> int:
 
 
 def seconds_to_nap(
-    *, waiting: int, sent: int, seconds_per_job: float, bytes_per_answer: float
+    *,
+    waiting: int,
+    fewest: int,
+    most: int,
+    seconds_per_job: float,
+    bytes_per_answer: float,
 ) -> float:
     """Say how long answers may add up before they are looked at.
 
@@ -98,24 +105,27 @@ def seconds_to_nap(
 
     Args:
         waiting: Jobs not yet sent to a worker.
-        sent: Jobs that a worker has and has not answered, where they are fewest.
+        fewest: Jobs that a worker has and has not answered, where they are fewest.
+        most: The same, where they are most.
         seconds_per_job: How long recent jobs took; infinite while none is known.
         bytes_per_answer: How long recent answers were.
 
     Returns:
-        The time until that worker can be sent more: it has one group left then. Or half
-        of the time until it has no more to do, since an estimate may be too high. 0 if
-        it is not worth it.
+        The time until the worker with the fewest can be sent more: it has one group left
+        then. Or half of the time until it has no more to do, since an estimate may be too
+        high. When no more will be sent, a moment at least while another one answers many.
+        0 if it is not worth it.
     """
-    if sent < 2 or math.isinf(seconds_per_job):
+    if most < 2 or math.isinf(seconds_per_job):
         return 0.0
-    ahead = sent - group_size(seconds_per_job) if waiting else sent / 2
+    ahead = fewest - group_size(seconds_per_job) if waiting else fewest / 2
     # A worker that has filled its channel waits for a reader.
     unread = min(_UNREAD_BYTES / bytes_per_answer, _UNREAD_ANSWERS)
     nap = min(ahead, unread) * seconds_per_job
-    if nap < _SHORTEST_NAP:
-        return 0.0
-    return min(nap, (_GROUPS - 1) * _GROUP_SECONDS)
+    if nap >= _SHORTEST_NAP:
+        return min(nap, (_GROUPS - 1) * _GROUP_SECONDS)
+    answers = min(_SHORTEST_NAP / seconds_per_job, unread)
+    return _SHORTEST_NAP if not waiting and _MANY <= answers < most else 0.0
 
 
 def seconds_until_due(
@@ -132,13 +142,11 @@ def seconds_until_due(
         is_listening: Whether it is woken by the next job.
 
     Returns:
-        Seconds from now, or from when it is woken. Infinite if jobs are so short that
-        callers that pause are a greater loss.
+        Seconds from now, or from when it is woken. Not soon if jobs take microseconds: a
+        turn costs the time of many of them.
     """
-    ahead = max(nap, seconds_per_job)
-    if ahead < _SHORTEST_NAP:
-        return math.inf
-    return 0.0 if is_listening else ahead
+    soonest = 0.0 if seconds_per_job >= _SHORTEST_NAP else _TURN_SECONDS
+    return soonest if is_listening else max(nap, seconds_per_job, soonest)
 
 
 def is_taken_back(

@@ -265,9 +265,9 @@ class Workers:
         else:
             self.idle.remove(worker)
             worker.since = time.monotonic()
-        for job in jobs:
-            worker.last_number += 1
-            job.number = worker.last_number
+        for number, job in enumerate(jobs, worker.last_number + 1):
+            job.number = number
+        worker.last_number += len(jobs)
         worker.sent += jobs
         size = _rules.group_size(self._seconds_per_job)
         groups = [jobs[first : first + size] for first in range(0, len(jobs), size)]
@@ -346,11 +346,13 @@ class Workers:
 
     def seconds_to_nap(self, waiting: int) -> float:
         """Say how long the answers of busy workers may add up."""
-        if self.idle or self._starting or not self.all:
+        sent = [len(worker.sent) for worker in self.all.values()]
+        if self._starting or not sent:
             return 0.0
         return _rules.seconds_to_nap(
             waiting=waiting,
-            sent=min(len(worker.sent) for worker in self.all.values()),
+            fewest=min(sent),
+            most=max(sent),
             seconds_per_job=self.usual_seconds,
             bytes_per_answer=self._bytes_per_answer,
         )

@@ -31,14 +31,17 @@ def test_answers_are_read_together(ends: tuple[AnswerReader, AnswerWriter]) -> N
     """Whatever number there is, in order."""
     reader, writer = ends
     reader.read()
-    assert not reader.waiting
+    assert not reader.count
     sent = [(number, number * 1000, dumps_result(number)) for number in range(1, 300)]
     for number, nanoseconds, parts in sent:
         assert writer.write(number, parts, nanoseconds)
     reader.read()
-    assert [(n, ns, pickle.loads(p)) for n, ns, p in reader.waiting] == [
-        (number, number * 1000, number) for number in range(1, 300)
-    ]
+    assert reader.count == len(sent)
+    numbers = list(range(1, 300))
+    pickles, nanoseconds = reader.take(numbers)
+    assert [pickle.loads(p) for p in pickles] == numbers
+    assert nanoseconds == sum(numbers) * 1000
+    assert not reader.count
     assert reader.bytes_received == len(sent) * _ANSWER.size
 
 
@@ -51,8 +54,22 @@ def test_answer_that_was_read_in_part_is_no_answer_yet(
     for piece in range(len(data)):
         writer._end.send(data[piece : piece + 1])
         reader.read()
-        assert len(reader.waiting) == (piece + 1) // (len(data) // 2)
-    assert [number for number, _, _ in reader.waiting] == [1, 2]
+        assert reader.count == (piece + 1) // (len(data) // 2)
+    assert reader.take([1, 2]) == ([b"12345".ljust(_MOST, b"\0")] * 2, 14)
+
+
+def test_answers_for_later_jobs_wait(ends: tuple[AnswerReader, AnswerWriter]) -> None:
+    """The one before them is answered over the channel."""
+    reader, writer = ends
+    for number in (1, 2, 4, 5):
+        assert writer.write(number, dumps_result(number), 1)
+    reader.read()
+    assert reader.count == 4
+    assert list(map(pickle.loads, reader.take([1, 2, 3, 4])[0])) == [1, 2]
+    assert reader.take([3]) == ([], 0)
+    assert list(map(pickle.loads, reader.take([4])[0])) == [4]
+    assert list(map(pickle.loads, reader.take([5])[0])) == [5]
+    assert not reader.count
 
 
 def test_long_answer_is_refused(ends: tuple[AnswerReader, AnswerWriter]) -> None:
@@ -64,10 +81,8 @@ def test_long_answer_is_refused(ends: tuple[AnswerReader, AnswerWriter]) -> None
     assert writer.write(1, [longest], 1)
     assert writer.write(2, [memoryview(b"pickle")], 1)
     reader.read()
-    assert [read for _, _, read in reader.waiting] == [
-        longest,
-        b"pickle".ljust(_MOST, b"\0"),
-    ]
+    pickles, _ = reader.take([1, 2])
+    assert pickles == [longest, b"pickle".ljust(_MOST, b"\0")]
 
 
 def test_parent_that_is_gone_is_no_error(
@@ -93,7 +108,7 @@ def test_end_that_is_closed_touches_no_other_file(
         assert {first.fileno(), second.fileno()} == numbers
         assert writer.write(2, [b"pickle"], 1)
         reader.read()
-        assert not reader.waiting
+        assert not reader.count
     assert path.read_bytes() == _ANSWER.pack(1, 1, b"pickle")
 
 

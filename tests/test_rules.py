@@ -230,25 +230,38 @@ def test_idle_worker_always_gets_a_job_and_none_gets_too_much() -> None:
 
 
 @pytest.mark.parametrize(
-    ("waiting", "sent", "seconds_per_job", "bytes_per_answer", "milliseconds"),
+    (
+        "waiting",
+        "fewest",
+        "most",
+        "seconds_per_job",
+        "bytes_per_answer",
+        "milliseconds",
+    ),
     [
-        (0, 1, 20e-6, 50, 0),  # the only one: its answer is waited for
-        (0, 0, 20e-6, 50, 0),
-        (0, 8, 20e-6, 50, 0),  # not worth it
-        (0, 20, 20e-6, 50, 0.2),  # half of what is left
-        (0, 100, 20e-6, 50, 1),
-        (900, 350, 20e-6, 50, 2.02),  # what is left until one group is left
-        (900, 250, 20e-6, 50, 0),
-        (900, 750, 20e-6, 50, 4),  # then it would have to wait for a reader
-        (900, 750, 20e-6, 400, 1.6384),
-        (0, 100, 20e-6, 9000, 0),
-        (0, 2, 0.3, 50, 10),  # never longer than two groups are meant to take
-        (0, 2, math.inf, math.inf, 0),
+        (0, 1, 1, 20e-6, 50, 0),  # the only one: its answer is waited for
+        (0, 0, 0, 20e-6, 50, 0),
+        (0, 8, 8, 20e-6, 50, 0),  # not worth it
+        (0, 20, 20, 20e-6, 50, 0.2),  # half of what is left
+        (0, 100, 200, 20e-6, 50, 1),
+        (900, 350, 700, 20e-6, 50, 2.02),  # what is left until one group is left
+        (900, 250, 700, 20e-6, 50, 0),
+        (900, 750, 750, 20e-6, 50, 4),  # then it would have to wait for a reader
+        (900, 750, 750, 20e-6, 400, 1.6384),
+        (0, 100, 100, 20e-6, 9000, 0),
+        (0, 2, 2, 0.3, 50, 10),  # never longer than two groups are meant to take
+        (0, 2, 2, math.inf, math.inf, 0),
+        (0, 0, 11, 20e-6, 50, 0.2),  # the last jobs, of one worker: ten at once
+        (0, 1, 11, 20e-6, 50, 0.2),
+        (0, 1, 10, 20e-6, 50, 0),  # after it no more will come
+        (900, 0, 11, 20e-6, 50, 0),  # one can be sent more
+        (0, 1, 11, 51e-6, 50, 0),  # not so many that it is worth it
     ],
 )
 def test_nap_while_answers_add_up(
     waiting: int,
-    sent: int,
+    fewest: int,
+    most: int,
     seconds_per_job: float,
     bytes_per_answer: float,
     milliseconds: float,
@@ -256,7 +269,8 @@ def test_nap_while_answers_add_up(
     """Each row is one situation and the nap that it allows."""
     nap = seconds_to_nap(
         waiting=waiting,
-        sent=sent,
+        fewest=fewest,
+        most=most,
         seconds_per_job=seconds_per_job,
         bytes_per_answer=bytes_per_answer,
     )
@@ -267,12 +281,14 @@ def test_nap_while_answers_add_up(
     ("nap", "seconds_per_job", "is_listening", "seconds"),
     [
         (0.004, 100e-6, False, 0.004),  # when it wakes
-        (0.0, 300e-6, False, 300e-6),  # when the next answer comes
+        (0.0, 0.003, False, 0.003),  # when the next answer comes
+        (0.0, 300e-6, False, 300e-6),
+        (0.0005, 3e-6, False, 0.0015),  # not as often as that
         (0.0, 300e-6, True, 0.0),  # as soon as it is woken
         (0.0, math.inf, True, 0.0),  # by the first jobs of all
         (0.0, math.inf, False, math.inf),
-        (0.0, 150e-6, False, math.inf),  # not worth it
-        (0.0, 1e-6, True, math.inf),
+        (0.0, 150e-6, False, 0.0015),
+        (0.0, 1e-6, True, 0.0015),  # not as soon as it is woken
     ],
 )
 def test_when_callers_give_way(

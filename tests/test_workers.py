@@ -27,6 +27,7 @@ from dbpool_executor._options import DEFAULTS
 from dbpool_executor._phase import RECALL_DELAY, WORDS, PhaseRecord, Progress
 from dbpool_executor._streams import make_ends, make_pipe
 from dbpool_executor._workers import Worker, Workers
+from waiting import LONGEST
 
 
 class Body:
@@ -332,7 +333,7 @@ class Clock:
     """Stands for the time module: it goes when somebody sleeps, or says so."""
 
     def __init__(self) -> None:
-        self.now = 0.0
+        self.now = 1.0
         self.pauses: list[float] = []
 
     def monotonic(self) -> float:
@@ -388,26 +389,51 @@ def test_caller_that_wakes_the_thread_gives_way_to_it(
     assert when_callers_gave_way(dispatcher, monkeypatch) == [0, 1, 2, 3, 4, 5]
 
 
-def test_callers_do_not_give_way_for_jobs_of_microseconds(
+def test_callers_give_way_later_for_jobs_of_microseconds(
     dispatcher: Dispatcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They would lose more by it than is won."""
+    """They would lose more by it than is won if they did as soon as it is woken."""
     dispatcher._workers._learn(1e-6)
-    assert when_callers_gave_way(dispatcher, monkeypatch) == []
+    assert when_callers_gave_way(dispatcher, monkeypatch) == [2, 3, 4, 5]
 
 
-def test_thread_that_was_woken_while_it_settled_takes_no_nap(
+def test_callers_give_way_at_each_job_while_the_thread_acts(
     dispatcher: Dispatcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A job has come for which there is room for another worker."""
-    clock, workers = Clock(), dispatcher._workers
+    """It lets go of the interpreter several times in one turn."""
+    clock = Clock()
+
+    def submit_meanwhile(_spared: object) -> None:
+        for _ in range(3):
+            dispatcher.add(("jobs", "pid"), (), DEFAULTS)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_dispatcher, "time", clock)
+        patch.setattr(dispatcher, "_thread", threading.current_thread())
+        patch.setattr(dispatcher._workers, "kill_overdue", submit_meanwhile)
+        patch.setattr(dispatcher._selector, "select", lambda _timeout: [])
+        dispatcher._wait()
+    assert len(clock.pauses) == 3
+
+
+def test_nap_ends_when_a_job_rings(
+    dispatcher: Dispatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job has come while it settled, for which there is room for another worker."""
+    workers = dispatcher._workers
     workers._learn(0.001)
     workers._bytes_per_answer = 50.0
     dispatcher._waiting += make_jobs(9)
     dispatcher._act()
     workers._most = 4
     assert workers.seconds_to_nap(0) > 0
-    monkeypatch.setattr(_dispatcher, "time", clock)
+    rung: list[bool] = []
+    nap = dispatcher._napping.select
+
+    def long_nap(_timeout: float) -> None:
+        rung.append(bool(nap(LONGEST)))
+
+    monkeypatch.setattr(dispatcher._napping, "select", long_nap)
     monkeypatch.setattr(dispatcher, "_settle", dispatcher._wake)
     dispatcher._wait()
-    assert clock.pauses == []
+    assert rung == [True]
