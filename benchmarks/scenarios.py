@@ -11,6 +11,7 @@ import gc
 import json
 import os
 import random
+import statistics
 import subprocess
 import sys
 import time
@@ -99,21 +100,24 @@ REPORT = Work("rows", lambda n: [100_000] * n, _as_many_rows)
 ARRAY = Work("array", lambda n: [1_000_000] * n, _as_long_an_array)
 
 
-def rate(work: Work, contender: Contender, workers: int, size: int) -> Figures:
-    """Submit all jobs, then take all results."""
+def rate(
+    work: Work, contender: Contender, workers: int, size: int, bursts: int = 1
+) -> Figures:
+    """Submit all jobs, then take all results; so many times, and the median counts."""
     keys = work.keys(max(workers, size // contender.slowness))
     job = getattr(import_module(contender.jobs), work.job)
     with contender.start(workers) as runner:
         warm(runner, workers)
         runner.run_all(job, keys[: 20 * workers])
         before = execute(work.count) if work.count else 0
-        seconds = _timed(work.is_right, runner, job, keys)
+        times = [_timed(work.is_right, runner, job, keys) for _ in range(bursts)]
+        seconds = statistics.median(times)
         if work.count:
-            assert execute(work.count) - before == len(keys)
+            assert execute(work.count) - before == bursts * len(keys)
     return {"us a job": seconds / len(keys) * 1e6}
 
 
-def bursts(contender: Contender, workers: int, size: int) -> Figures:
+def trivial_bursts(contender: Contender, workers: int, size: int) -> Figures:
     """Submit a hundredth, a tenth and all of some number of trivial jobs."""
     figures = {}
     with contender.start(workers) as runner:
@@ -202,19 +206,21 @@ def _insert(insert: Callable[[], list[int]], size: int) -> float:
 def first_result(contender: Contender, _workers: int, _size: int) -> Figures:
     """Let a fresh interpreter make an executor, and then another one.
 
-    Twice, and the second time counts: what is installed has its bytecode, of a checkout
-    it may have to be written first.
+    Four times, and the medians of the last three count: what is installed has its
+    bytecode, of a checkout it may have to be written first.
     """
     name = next(name for name, other in CONTENDERS.items() if other is contender)
     command = [sys.executable, Path(__file__).with_name("first.py"), name]
     environment = {
         k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"
     }
-    for _ in range(2):
+    times = []
+    for _ in range(4):
         done = subprocess.run(
             command, stdout=subprocess.PIPE, env=environment, check=True
         )
-    first, second = json.loads(done.stdout)
+        times.append(json.loads(done.stdout))
+    first, second = map(statistics.median, zip(*times[1:], strict=True))
     return {FIRST: first * 1e3, SECOND: second * 1e3}
 
 
@@ -368,9 +374,11 @@ FEW = (OURS, STANDARD, "multiprocessing.Pool")
 
 SCENARIOS = {
     "trivial-rate": Scenario(
-        partial(rate, TRIVIAL), 10_000, 50, (*EXECUTORS, ONE_BY_ONE)
+        partial(rate, TRIVIAL, bursts=5), 10_000, 50, (*EXECUTORS, ONE_BY_ONE)
     ),
-    "trivial-bursts": Scenario(bursts, 100_000, 1_000, (OURS, STANDARD, "joblib")),
+    "trivial-bursts": Scenario(
+        trivial_bursts, 100_000, 1_000, (OURS, STANDARD, "joblib")
+    ),
     "trivial-batches": Scenario(batches, 100_000, 400, EXECUTORS),
     "trivial-round-trip": Scenario(partial(round_trip, TRIVIAL), 2_000, 20, EXECUTORS),
     "read-rate": Scenario(partial(rate, READ), 10_000, 40, ALL, True),
