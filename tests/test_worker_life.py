@@ -279,8 +279,8 @@ def test_program_without_guard_is_told_and_ends(
     lines = output.splitlines()
     assert lines.count("__main__") == 1
     assert 3 <= output.count("__mp_main__") <= 5  # two may print at once
-    assert "told WorkerStartError WorkerStartError WorkerStartError" in lines
-    assert "cause RuntimeError" in lines
+    assert "told WorkerStartError WorkerStartError WorkerStartError\n" in output
+    assert "cause RuntimeError\n" in output
     assert "if __name__ == '__main__'" in errors
     assert sqlite_database.count() == 0
 
@@ -295,7 +295,7 @@ def test_main_module_that_raises_in_workers_is_the_cause(
         output, errors = program.communicate(timeout=60)
     assert program.returncode == 3
     lines = output.splitlines()
-    assert "told WorkerStartError WorkerStartError WorkerStartError" in lines
+    assert "told WorkerStartError WorkerStartError WorkerStartError\n" in output
     assert "cause LookupError" in lines
     assert "LookupError: no configuration" in errors
 
