@@ -374,7 +374,7 @@ FEW = (OURS, STANDARD, "multiprocessing.Pool")
 
 SCENARIOS = {
     "trivial-rate": Scenario(
-        partial(rate, TRIVIAL, bursts=5), 10_000, 50, (*EXECUTORS, ONE_BY_ONE)
+        partial(rate, TRIVIAL, bursts=3), 10_000, 50, (*EXECUTORS, ONE_BY_ONE)
     ),
     "trivial-bursts": Scenario(
         trivial_bursts, 100_000, 1_000, (OURS, STANDARD, "joblib")

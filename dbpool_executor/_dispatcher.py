@@ -90,8 +90,6 @@ class Dispatcher:
         # From here on the thread's own.
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._ear, selectors.EVENT_READ)
-        self._napping = selectors.DefaultSelector()  # hears the bell alone
-        self._napping.register(self._ear, selectors.EVENT_READ)
         # While it sleeps: what callers may do without it.
         self._offers = Offers(self._lock, self._selector, self._wake)
         self._workers = Workers(start_worker, max_workers, max_jobs, self._selector)
@@ -320,8 +318,8 @@ class Dispatcher:
         # Last: whoever is woken needs the interpreter, which is let go of only now.
         self._due = math.inf
         self._settle()
-        nap = workers.seconds_to_nap(len(self._waiting))
-        # Not self._listening: it may have been woken meanwhile.
+        # Not self._listening: it may have been woken meanwhile, and is not to nap then.
+        nap = workers.seconds_to_nap(len(self._waiting), is_listening=is_listening)
         self._until_due = _rules.seconds_until_due(
             nap=nap,
             seconds_per_job=workers.usual_seconds,
@@ -330,7 +328,7 @@ class Dispatcher:
         if not is_listening:
             self._due = time.monotonic() + self._until_due
         if nap:
-            self._napping.select(nap)
+            time.sleep(nap)
         events = self._selector.select(0.0 if self._told else timeout)
         if self._postponed:
             # Else the worker that answers fastest would always be the first.
@@ -558,7 +556,6 @@ class Dispatcher:
     def _free(self) -> None:
         self._offers.close()
         self._selector.close()
-        self._napping.close()
         self._bell.close()
         self._ear.close()
 

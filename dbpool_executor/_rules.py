@@ -98,6 +98,7 @@ def seconds_to_nap(
     most: int,
     seconds_per_job: float,
     bytes_per_answer: float,
+    is_listening: bool,
 ) -> float:
     """Say how long answers may add up before they are looked at.
 
@@ -109,12 +110,13 @@ def seconds_to_nap(
         most: The same, where they are most.
         seconds_per_job: How long recent jobs took; infinite while none is known.
         bytes_per_answer: How long recent answers were.
+        is_listening: Whether a new job would be something to do at once.
 
     Returns:
         The time until the worker with the fewest can be sent more: it has one group left
         then. Or half of the time until it has no more to do, since an estimate may be too
-        high. When no more will be sent, a moment at least while another one answers many.
-        0 if it is not worth it.
+        high. A moment alone, while many answers come, if no job waits and one that comes
+        must not wait long. 0 if it is not worth it.
     """
     if most < 2 or math.isinf(seconds_per_job):
         return 0.0
@@ -122,7 +124,7 @@ def seconds_to_nap(
     # A worker that has filled its channel waits for a reader.
     unread = min(_UNREAD_BYTES / bytes_per_answer, _UNREAD_ANSWERS)
     nap = min(ahead, unread) * seconds_per_job
-    if nap >= _SHORTEST_NAP:
+    if nap >= _SHORTEST_NAP and not is_listening:
         return min(nap, (_GROUPS - 1) * _GROUP_SECONDS)
     answers = min(_SHORTEST_NAP / seconds_per_job, unread)
     return _SHORTEST_NAP if not waiting and _MANY <= answers < most else 0.0

@@ -344,7 +344,7 @@ class Workers:
             self._note_sent_less(worker)
         return taken
 
-    def seconds_to_nap(self, waiting: int) -> float:
+    def seconds_to_nap(self, waiting: int, *, is_listening: bool) -> float:
         """Say how long the answers of busy workers may add up."""
         sent = [len(worker.sent) for worker in self.all.values()]
         if self._starting or not sent:
@@ -355,6 +355,7 @@ class Workers:
             most=max(sent),
             seconds_per_job=self.usual_seconds,
             bytes_per_answer=self._bytes_per_answer,
+            is_listening=is_listening,
         )
 
     def _learn(self, sample: float, jobs: int = 1) -> None:

@@ -273,8 +273,19 @@ def test_nap_while_answers_add_up(
         most=most,
         seconds_per_job=seconds_per_job,
         bytes_per_answer=bytes_per_answer,
+        is_listening=False,
     )
     assert nap == pytest.approx(milliseconds / 1000)
+    nap = seconds_to_nap(
+        waiting=waiting,
+        fewest=fewest,
+        most=most,
+        seconds_per_job=seconds_per_job,
+        bytes_per_answer=bytes_per_answer,
+        is_listening=True,
+    )
+    assert nap in (0.0, 0.0002)
+    assert not nap or (waiting == 0 and most * seconds_per_job > nap)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,6 @@ from dbpool_executor._options import DEFAULTS
 from dbpool_executor._phase import RECALL_DELAY, WORDS, PhaseRecord, Progress
 from dbpool_executor._streams import make_ends, make_pipe
 from dbpool_executor._workers import Worker, Workers
-from waiting import LONGEST
 
 
 class Body:
@@ -191,13 +190,13 @@ def test_answers_are_looked_at_when_they_usually_come(workers: Workers) -> None:
     """One that took long makes messages small, and the nap no longer."""
     workers.send_from(deque(make_jobs(60)))
     workers._bytes_per_answer = 50.0
-    nap = workers.seconds_to_nap(30)
+    nap = workers.seconds_to_nap(30, is_listening=False)
     assert nap == pytest.approx(10 * 0.99e-3)
     first, _ = workers.all.values()
     first.sent.popleft()
     workers._learn(0.004)
     assert workers._seconds_per_job == 0.004
-    assert workers.seconds_to_nap(30) < 1.5 * nap
+    assert workers.seconds_to_nap(30, is_listening=False) < 1.5 * nap
 
 
 @pytest.fixture
@@ -416,24 +415,18 @@ def test_callers_give_way_at_each_job_while_the_thread_acts(
     assert len(clock.pauses) == 3
 
 
-def test_nap_ends_when_a_job_rings(
+def test_thread_that_was_woken_while_it_settled_takes_no_nap(
     dispatcher: Dispatcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A job has come while it settled, for which there is room for another worker."""
-    workers = dispatcher._workers
+    """A job has come for which there is room for another worker."""
+    clock, workers = Clock(), dispatcher._workers
     workers._learn(0.001)
     workers._bytes_per_answer = 50.0
     dispatcher._waiting += make_jobs(9)
     dispatcher._act()
     workers._most = 4
-    assert workers.seconds_to_nap(0) > 0
-    rung: list[bool] = []
-    nap = dispatcher._napping.select
-
-    def long_nap(_timeout: float) -> None:
-        rung.append(bool(nap(LONGEST)))
-
-    monkeypatch.setattr(dispatcher._napping, "select", long_nap)
+    assert workers.seconds_to_nap(0, is_listening=False) > 0
+    monkeypatch.setattr(_dispatcher, "time", clock)
     monkeypatch.setattr(dispatcher, "_settle", dispatcher._wake)
     dispatcher._wait()
-    assert rung == [True]
+    assert clock.pauses == []
