@@ -6,6 +6,7 @@ No process, no database.
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import product
 
 import pytest
@@ -266,24 +267,17 @@ def test_nap_while_answers_add_up(
     bytes_per_answer: float,
     milliseconds: float,
 ) -> None:
-    """Each row is one situation and the nap that it allows."""
-    nap = seconds_to_nap(
+    """Each row is one situation and the nap that it allows; a moment at most for a job."""
+    seconds = partial(
+        seconds_to_nap,
         waiting=waiting,
         fewest=fewest,
         most=most,
         seconds_per_job=seconds_per_job,
         bytes_per_answer=bytes_per_answer,
-        is_listening=False,
     )
-    assert nap == pytest.approx(milliseconds / 1000)
-    nap = seconds_to_nap(
-        waiting=waiting,
-        fewest=fewest,
-        most=most,
-        seconds_per_job=seconds_per_job,
-        bytes_per_answer=bytes_per_answer,
-        is_listening=True,
-    )
+    assert seconds(is_listening=False) == pytest.approx(milliseconds / 1000)
+    nap = seconds(is_listening=True)
     assert nap in (0.0, 0.0002)
     assert not nap or (waiting == 0 and most * seconds_per_job > nap)
 
