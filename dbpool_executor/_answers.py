@@ -29,10 +29,6 @@ _WORDS = _ANSWER.size // 8
 _pack = _ANSWER.pack
 _READ_SIZE = 1 << 16
 
-Answer = tuple[int, int, bytes]
-"""The number of a job, counted from 1 in the worker's life; the nanoseconds that it has
-taken; the pickle of its result, and zeros."""
-
 
 class AnswerWriter:
     """The worker's end.

@@ -15,7 +15,7 @@ from ._channel import Kind, Message
 from ._job import Job, taken
 from ._options import dumps_options
 
-_GROUP_BYTES = 1 << 16  # of calls in one message; a longer one goes alone
+_GROUP_BYTES = 1 << 16  # of pickles in one message; a longer one goes alone
 
 
 def next_jobs(waiting: deque[Job], count: int, *, alone: bool) -> list[Job]:
@@ -30,18 +30,15 @@ def next_jobs(waiting: deque[Job], count: int, *, alone: bool) -> list[Job]:
     size = 0
     for _ in range(min(count, len(waiting))):
         job = waiting.popleft()
-        if type(job.call) is not tuple:
+        limited = job.options.timeout is not None
+        if type(job.call) is not tuple:  # of short calls the count is bound enough
             size += len(job.call)
-        if job.options.timeout is not None:
-            if jobs or not alone:
-                waiting.appendleft(job)
-            else:
-                jobs.append(job)
-            break
-        if size > _GROUP_BYTES and jobs:
+        if (limited and not alone) or (jobs and (limited or size > _GROUP_BYTES)):
             waiting.appendleft(job)
             break
         jobs.append(job)
+        if limited:
+            break
     return taken(jobs)
 
 
