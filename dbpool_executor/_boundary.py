@@ -33,6 +33,7 @@ _ATOMS = _SHORT | {str}
 # The pickle of a number of 32 bits. pickle.dumps() makes a pickler each time.
 _pack_int = struct.Struct("<3sic").pack
 _PROTO_BININT = pickle.PROTO + bytes([PROTOCOL]) + pickle.BININT
+_find_module = sys.modules.get
 _FEW = 8  # arguments of a short call
 _SHORT_TEXT = 64  # characters of one of them
 
@@ -50,6 +51,10 @@ Name = tuple[str, str]
 
 Run = tuple[Function | None, list[Call]]
 """Calls of one function in a row; those that are pickles have none."""
+
+# Most jobs call the function that the one before has called. One tuple for all of them
+# is less for the collector of garbage to look at.
+_last: tuple[Function | None, Name] = None, ("", "")
 
 
 def pack_call(
@@ -74,6 +79,7 @@ def pack_call(
         NotPlainError: An argument is tied to a session or connection.
         Exception: Whatever the pickling of an argument raises.
     """
+    global _last
     # A pickler that asks for more costs more than all the rest of a short call, and so
     # does the pickle of a function, which imports its module each time.
     is_short = len(args) <= _FEW
@@ -88,10 +94,16 @@ def pack_call(
         and not kwargs
         and (is_short or _ATOMS.issuperset(map(type, args)))
     ):
-        module, attribute = name = fn.__module__, fn.__name__
-        if getattr(sys.modules.get(module), attribute, None) is fn and (
+        last, name = _last
+        if last is not fn:
+            name = fn.__module__, fn.__name__
+        module, attribute = name
+        # Also if it is the last one: another may have its name by now.
+        if getattr(_find_module(module), attribute, None) is fn and (
             module != "__main__" or not is_interactive()
         ):
+            if last is not fn:
+                _last = fn, name
             return (name, args) if is_short else (None, _dumps_call(name, args))
     try:
         return None, with_code((fn, args, kwargs), pickled)

@@ -6,6 +6,7 @@ In this process for the most part; the last tests send values to two workers and
 from __future__ import annotations
 
 import datetime as dt
+import gc
 import math
 import multiprocessing
 import operator
@@ -15,6 +16,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -458,6 +460,37 @@ def test_function_that_gets_another_name_is_still_the_one_that_is_called(
     monkeypatch.setattr(jobs.add, "__name__", "give")
     monkeypatch.setattr(jobs.add, "__module__", threading.Lock())
     assert loads_calls(dumps_calls([(name, [call])])) == [(jobs.add, [(1, 2)])]
+
+
+def test_name_that_another_function_has_by_now_is_not_sent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also if the function was called by it a moment ago."""
+    add = jobs.add
+    for _ in range(2):
+        assert pack_call(add, (1, 2), {}) == (("jobs", "add"), (1, 2))
+    with monkeypatch.context() as other:
+        other.setattr(jobs, "add", jobs.give)
+        with pytest.raises(pickle.PicklingError, match="not the same object"):
+            pack_call(add, (1, 2), {})
+    assert pack_call(add, (1, 2), {}) == (("jobs", "add"), (1, 2))
+    # Another module of that name, and so another function.
+    monkeypatch.setitem(sys.modules, "jobs", SimpleNamespace(add=jobs.give))
+    with pytest.raises(pickle.PicklingError, match="not the same object"):
+        pack_call(add, (1, 2), {})
+
+
+def test_function_that_has_no_name_is_not_kept() -> None:
+    """What it closes over may be large."""
+
+    def local() -> None: ...
+
+    kept = weakref.ref(local)
+    with pytest.raises(AttributeError):
+        pack_call(local, (), {})
+    del local
+    gc.collect()  # the frames of the exception
+    assert kept() is None
 
 
 # -- What crosses, with workers ------------------------------------------------------
