@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from ._boundary import dumps_calls
 from ._channel import Kind, Message
 from ._job import Job, taken
-from ._options import dumps_options
+from ._options import JobOptions, dumps_options
 
 _GROUP_BYTES = 1 << 16  # of pickles in one message; a longer one goes alone
 
@@ -28,17 +28,22 @@ def next_jobs(waiting: deque[Job], count: int, *, alone: bool) -> list[Job]:
     """
     jobs: list[Job] = []
     size = 0
+    options: JobOptions | None = None
+    limited = False
     for _ in range(min(count, len(waiting))):
         job = waiting.popleft()
-        limited = job.options.timeout is not None
+        if job.options is not options:
+            options = job.options
+            limited = options.timeout is not None
         if type(job.call) is not tuple:  # of short calls the count is bound enough
             size += len(job.call)
-        if (limited and not alone) or (jobs and (limited or size > _GROUP_BYTES)):
-            waiting.appendleft(job)
+        if limited or size > _GROUP_BYTES:
+            if jobs or (limited and not alone):
+                waiting.appendleft(job)
+            else:
+                jobs.append(job)
             break
         jobs.append(job)
-        if limited:
-            break
     return taken(jobs)
 
 
