@@ -14,6 +14,7 @@ all is known by that: an answer here that is for a later job waits for one there
 from __future__ import annotations
 
 import itertools
+import pickle
 import struct
 from collections.abc import Sequence
 from contextlib import suppress
@@ -25,6 +26,9 @@ _MOST = 112  # bytes of a short pickle; what follows its end pickle.loads() igno
 # A pipe takes it whole, or not at all: up to 512 bytes and more (POSIX, "PIPE_BUF").
 _ANSWER = struct.Struct(f"=QQ{_MOST}s")
 _PICKLE = struct.Struct(f"=16x{_MOST}s")
+# The pickle of a number of 32 bits: PROTO and which, BININT and the number, STOP.
+_INT = struct.Struct(f"<19xi{_MOST - 7}x")
+_BININT, _STOP = slice(18, None, _ANSWER.size), slice(23, None, _ANSWER.size)
 _WORDS = _ANSWER.size // 8
 _pack = _ANSWER.pack
 _READ_SIZE = 1 << 16
@@ -97,30 +101,37 @@ class AnswerReader:
                 if len(data) < _READ_SIZE:
                     break
 
-    def take(self, numbers: list[int]) -> tuple[list[bytes], int]:
+    def take(self, numbers: list[int]) -> tuple[list[bytes] | list[int], int]:
         """Take the answers that are for the first of some jobs.
 
         Args:
             numbers: Of the jobs, no more than there are answers.
 
         Returns:
-            Their pickles, each with zeros that follow it, and the nanoseconds that they
-            have taken.
+            Their pickles, each with zeros that follow it; or the results themselves, if
+            all are numbers of 32 bits. And the nanoseconds that they have taken.
         """
         size = len(numbers) * _ANSWER.size
-        words = memoryview(self._data)[:size].cast("Q")
-        answered = words[::_WORDS].tolist()
+        answered = memoryview(self._data)[:size].cast("Q")[::_WORDS].tolist()
         if answered != numbers:
             pairs = zip(answered, numbers, strict=True)
             size = len(list(itertools.takewhile(_are_equal, pairs))) * _ANSWER.size
-            words = words[: size // 8]
-        pickles = [body for (body,) in _PICKLE.iter_unpack(words)]
-        self._data = self._data[size:]
-        return pickles, sum(words[1::_WORDS])
+        data, self._data = self._data[:size], self._data[size:]
+        value = _INT if _are_ints(data) else _PICKLE
+        values = list(itertools.chain.from_iterable(value.iter_unpack(data)))
+        return values, sum(memoryview(data).cast("Q")[1::_WORDS])
 
     def close(self) -> None:
         """Close this end."""
         self._end.close()
+
+
+def _are_ints(answers: bytes) -> bool:
+    count = len(answers) // _ANSWER.size
+    return (
+        answers[_BININT] == pickle.BININT * count
+        and answers[_STOP] == pickle.STOP * count
+    )
 
 
 def _are_equal(pair: tuple[int, int]) -> bool:

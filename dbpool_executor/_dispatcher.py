@@ -6,7 +6,6 @@ it sends the jobs that wait to idle workers, and settles the futures of those an
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import os
@@ -94,7 +93,8 @@ class Dispatcher:
         self._offers = Offers(self._lock, self._selector, self._wake)
         self._workers = Workers(start_worker, max_workers, max_jobs, self._selector)
         self._postponed: set[Worker] = set()  # whose answers another's made wait
-        self._told: list[tuple[Job, Told]] = []  # to be settled
+        self._told_jobs: list[Job] = []  # to be settled
+        self._told: list[Told] = []  # what each of them ends by
         self._repeats = Repeats()
         self._killed = False  # no job will be sent again
         self._done = self._failed = self._retried = 0
@@ -362,7 +362,7 @@ class Dispatcher:
                 workers.watch(worker, sent=worker.body.channel.flush())
             if mask & selectors.EVENT_READ:
                 self._receive(worker)
-                if self._told and _may_take_long(self._told[-1][1]):
+                if self._told and _may_take_long(self._told[-1]):
                     is_long_told = True
         workers.kill_overdue(self._postponed)
 
@@ -379,7 +379,7 @@ class Dispatcher:
         self._done += offer.answered
         if offer.told is not None:  # the caller was interrupted, or is about to do it
             self._done -= 1  # it is among those answered
-            self._told.append(offer.told)
+            self._tell(*offer.told)
         # At the end of the stream the selector tells of it again.
         data = b"".join(offer.inbox)
         return (worker, worker.body.channel.take_in(data)) if data else None
@@ -414,14 +414,15 @@ class Dispatcher:
         Returns:
             How many, and the nanoseconds that they have taken.
         """
-        answers, sent = worker.body.answers, worker.sent
-        count = answers.count
-        if not count:
+        answers = worker.body.answers
+        jobs = worker.sent[: answers.count]
+        if not jobs:
             return 0, 0
-        first = itertools.islice(sent, count)
-        pickles, nanoseconds = answers.take([job.number for job in first])
-        self._told += zip([sent.popleft() for _ in pickles], pickles, strict=True)
-        return len(pickles), nanoseconds
+        told, nanoseconds = answers.take([job.number for job in jobs])
+        self._told_jobs += jobs[: len(told)]
+        self._told += told
+        del worker.sent[: len(told)]
+        return len(told), nanoseconds
 
     def _take_in(self, worker: Worker, messages: list[Message]) -> None:
         # All short ones that were given before these are there by now.
@@ -431,11 +432,11 @@ class Dispatcher:
         for message in messages:
             kind, _, number = message
             if kind is Kind.RESULT:
-                self._told.append((worker.sent.popleft(), message))
+                self._tell(worker.sent.pop(0), message)
                 answered += 1
                 nanoseconds += number
             elif kind is Kind.FAILURE:
-                job = worker.sent.popleft()
+                job = worker.sent.pop(0)
                 answered += 1
                 nanoseconds += number
                 # A fourth part says that it may succeed when it is repeated.
@@ -448,7 +449,7 @@ class Dispatcher:
             elif kind is Kind.RETURNED:
                 # If it is not that job, the job was taken off the worker's list before.
                 if worker.sent and worker.sent[0].number == number:
-                    returned.append(worker.sent.popleft())
+                    returned.append(worker.sent.pop(0))
             elif kind is Kind.READY:
                 self._workers.note_ready(worker)
             elif kind is Kind.NOTE:
@@ -476,7 +477,11 @@ class Dispatcher:
 
     def _end(self, job: Job, told: Message | DBPoolError) -> None:
         job.attempts += 1
-        self._told.append((job, told))
+        self._tell(job, told)
+
+    def _tell(self, job: Job, told: Told) -> None:
+        self._told_jobs.append(job)
+        self._told.append(told)
 
     def _repeat_or_settle(self, job: Job, told: Message | DBPoolError) -> None:
         if job.attempts >= job.options.retries or self._killed:
@@ -503,17 +508,18 @@ class Dispatcher:
     def _settle(self) -> None:
         if not self._told:
             return
+        jobs, self._told_jobs = self._told_jobs, []
         told, self._told = self._told, []
-        ends, failed = read(told)
-        self._failed += failed
-        self._done += len(ends) - failed
+        results, errors = read(jobs, told)
+        self._failed += len(errors)
+        self._done += len(results) - len(errors)
         # Whoever is woken wants the interpreter: last, when all else is done.
-        for job, result, error in end_unasked(ends):
-            job.end(result, error)
+        for job, result in end_unasked(jobs, results):
+            job.end(result, errors.get(job))
 
     def _spare(self, count: int) -> None:
         """Let the first jobs not be cancelled any more."""
-        for job in self._waiting:  # nobody appends: it is closed
+        for job in self._waiting.copy():  # one that came late may be appended
             if not count:
                 break
             count -= job.take()
@@ -522,18 +528,19 @@ class Dispatcher:
         """Cancel what waits, or fail it where it cannot be cancelled any more."""
         failure = self._workers.failure
         if self._killed or failure is not None:
-            self._told += self._repeats.give_up()
+            for job, told in self._repeats.give_up():
+                self._tell(job, told)
         kept = []
         while self._waiting:
             job = self._waiting.popleft()
             if failure is not None:
                 if job.take():
-                    self._told.append((job, failure.error()))
+                    self._tell(job, failure.error())
             elif job.drop():
                 pass
             elif self._killed:
                 lost = WorkerDiedError(None, None, Outcome.NEVER_STARTED)
-                self._told.append((job, lost))
+                self._tell(job, lost)
             else:
                 kept.append(job)
         self._waiting.extend(kept)
@@ -550,7 +557,7 @@ class Dispatcher:
             worker.body.bury()
             for job in worker.sent:
                 error = OutcomeUnknownError("the executor's own thread failed")
-                self._told.append((job, error))
+                self._tell(job, error)
         self._settle()
 
     def _free(self) -> None:

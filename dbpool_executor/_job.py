@@ -74,10 +74,11 @@ class _Condition(threading.Condition):
         self._lock._acquire_restore(state)
 
 
-Told = Message | bytes | BaseException
-"""What a job ends by: an answer, the pickle of a short one, or an error of the parent's."""
+Told = Message | bytes | int | BaseException
+"""What a job ends by: an answer, the pickle of a short one or the number that it brings,
+or an error of the parent's."""
 
-_End: TypeAlias = "tuple[Job, Any, BaseException | None]"
+_End: TypeAlias = "tuple[Job, object]"
 _ReadAnswer: TypeAlias = "Callable[[Job, float | None], float | None]"
 
 
@@ -110,6 +111,7 @@ class Job(Future[Any]):
     # What is added late to a dictionary takes more memory, and more time.
     __slots__ = (
         "_done_callbacks",
+        "_exception",
         "_made_condition",
         "_result",
         "_state",
@@ -121,7 +123,6 @@ class Job(Future[Any]):
     )
 
     # Nearly no job has its own.
-    _exception = None
     read_answer: _ReadAnswer | None = None
     deliveries = 0
     attempts = 0
@@ -131,6 +132,7 @@ class Job(Future[Any]):
         self._made_condition: _Condition | None = None
         self._state = PENDING
         self._result = None
+        self._exception = None
         self.name = name
         self.call = call
         self.options = options
@@ -210,32 +212,18 @@ class Job(Future[Any]):
         """Say whether somebody may have to be told when it is done."""
         return self._made_condition is not None
 
-    def read(self, told: Message | BaseException) -> _End:
-        """Read what an answer brings; for a short one there is :func:`read`.
+    def close_short_way(self) -> None:
+        """Have it end as if somebody had asked for it."""
+        self._condition  # noqa: B018 - it is made
 
-        Args:
-            told: The answer, or an error of the parent's own.
-
-        Returns:
-            This job, with its result or its exception.
-        """
-        if isinstance(told, BaseException):
-            return self, None, told
-        try:
-            if told.kind is Kind.RESULT:
-                return self, loads_result(told.parts), None
-        except BaseException as exc:  # also a SystemExit must not end the thread
-            return self.unreadable(exc)
-        return self, None, loads_exception(told.parts)
-
-    def unreadable(self, exc: BaseException) -> _End:
-        """Tell that its result does not unpickle."""
+    def lost(self, exc: BaseException) -> ResultLostError:
+        """Give what it raises if its result does not unpickle."""
         commits = self.options.commit
         outcome = Outcome.COMMITTED if commits else Outcome.UNKNOWN
         error = ResultLostError(f"unpickling it raised {exc!r}", outcome)
         set_cause(error, exc)
         self.attempts += 1
-        return self, None, error
+        return error
 
     def end_unasked(self, result: object) -> bool:
         """Give it its result, if nobody is to be told.
@@ -302,46 +290,54 @@ def taken(jobs: list[Job]) -> list[Job]:
     return [job for job in jobs if job._state == RUNNING or job.take()]
 
 
-def read(told: Sequence[tuple[Job, Told]]) -> tuple[list[_End], int]:
-    """Read what answers bring.
+def read(
+    jobs: Sequence[Job], told: Sequence[Told]
+) -> tuple[list[Any], dict[Job, BaseException]]:
+    """Read what jobs end by.
 
     Returns:
-        The jobs, each with its result or its exception, and the number of exceptions.
+        Their results, and the exceptions of those that have none, for which None stands
+        among the results. To those the short way is closed.
     """
-    ends: list[_End] = []
-    failed = 0
+    results: list[Any] = []
+    errors: dict[Job, BaseException] = {}
     loads = pickle.loads
-    for job, answer in told:
-        if isinstance(answer, bytes):
-            try:
-                ends.append((job, loads(answer), None))
+    for job, answer in zip(jobs, told, strict=True):
+        error: Message | BaseException
+        try:
+            if isinstance(answer, int):
+                results.append(answer)
                 continue
-            except BaseException as exc:
-                end = job.unreadable(exc)
-        else:
-            end = job.read(answer)
-        failed += end[2] is not None
-        ends.append(end)
-    return ends, failed
+            if isinstance(answer, bytes):
+                results.append(loads(answer))
+                continue
+            if isinstance(answer, Message) and answer.kind is Kind.RESULT:
+                results.append(loads_result(answer.parts))
+                continue
+            error = answer
+        except BaseException as exc:  # also a SystemExit must not end the thread
+            error = job.lost(exc)
+        if isinstance(error, Message):
+            error = loads_exception(error.parts)
+        results.append(None)
+        errors[job] = error
+        job.close_short_way()
+    return results, errors
 
 
-def end_unasked(ends: Sequence[_End]) -> list[_End]:
+def end_unasked(jobs: Sequence[Job], results: Sequence[object]) -> list[_End]:
     """Give jobs their results, where nobody is to be told.
 
-    Args:
-        ends: The jobs, each with its result or its exception.
-
     Returns:
-        What is left: exceptions too, of which there is more to do.
+        What is left, in order.
     """
-    others = []
+    left = []
     with _lock:
-        for end in ends:
-            job, result, error = end
-            if error is None and job._state == RUNNING and job._made_condition is None:
+        for job, result in zip(jobs, results, strict=True):
+            if job._state == RUNNING and job._made_condition is None:
                 job._result = result
                 job._state = FINISHED
                 job.call = _NO_CALL
             else:
-                others.append(end)
-    return others
+                left.append((job, result))
+    return left

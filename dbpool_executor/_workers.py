@@ -68,7 +68,7 @@ class Worker:
 
     body: LocalWorker
     state: State = State.STARTING
-    sent: deque[Job] = field(default_factory=deque)  # in order, not yet answered
+    sent: list[Job] = field(default_factory=list)  # in order, not yet answered
     last_number: int = 0  # of the jobs sent to it in its life, those taken back too
     answered: int = 0  # jobs in its life
     since: float = 0.0  # on time.monotonic(): its first job was not begun before it
@@ -338,8 +338,7 @@ class Workers:
                 continue
             begun, last = worker.body.progress().begun, worker.recalled.number
             taken += (job for job in worker.sent if begun < job.number <= last)
-            kept = (job for job in worker.sent if not begun < job.number <= last)
-            worker.sent = deque(kept)
+            worker.sent = [j for j in worker.sent if not begun < j.number <= last]
             worker.recalled = None
             self._note_sent_less(worker)
         return taken

@@ -30,7 +30,7 @@ from ._drivers import is_aborted
 from ._exceptions import dumps_exception
 from ._executor import DBPoolExecutor
 from ._inheritance import live_entries, pool_of
-from ._job import Job
+from ._job import Job, read
 from ._options import DEFAULTS, JobOptions
 from ._parent import AnyEngine, _is_its_pool
 from ._phase import WORDS, PhaseRecord
@@ -158,11 +158,11 @@ class _InlineDispatcher(Dispatcher):
             self._start()
             told = self._run_job(job)
         # Outside the lock: callbacks may wait for another thread that submits.
-        _, result, error = job.read(told)
+        (result,), errors = read([job], [told])
         with self._lock:
-            self._done += error is None
-            self._failed += error is not None
-        job.end(result, error)
+            self._done += not errors
+            self._failed += len(errors)
+        job.end(result, errors.get(job))
         return job
 
     def check_owner(self) -> None:

@@ -25,12 +25,14 @@ import pytest
 
 import jobs
 from dbpool_executor import _job
-from dbpool_executor._boundary import Call, Name, loads_calls
+from dbpool_executor._boundary import Call, Name, dumps_result, loads_calls
 from dbpool_executor._channel import Kind, Message
 from dbpool_executor._dispatcher import Dispatcher
+from dbpool_executor._exceptions import dumps_exception
 from dbpool_executor._groups import _GROUP_BYTES, messages_for, next_jobs
-from dbpool_executor._job import Job, end_unasked, taken
+from dbpool_executor._job import Job, Told, end_unasked, read, taken
 from dbpool_executor._options import DEFAULTS, loads_options
+from dbpool_executor.errors import ResultLostError
 from waiting import LONGEST, wait_until
 
 
@@ -59,7 +61,7 @@ def test_result_that_nobody_waits_for_is_there(value: object) -> None:
     """It takes the short way, and is found by whoever comes later."""
     job = make_job()
     assert job.take()
-    assert not end_unasked([(job, value, None)])
+    assert not end_unasked([job], [value])
     assert job.done()
     assert not job.is_asked_for()
     assert job.result(0) is value
@@ -73,7 +75,7 @@ def test_result_that_nobody_waits_for_is_there(value: object) -> None:
 def test_short_way_is_closed_to_jobs_that_were_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """And to what is cancelled, or done already, or has an exception."""
+    """And to what is cancelled, or done already, or closed it itself."""
     long_way: list[Job] = []
     take = Job.set_running_or_notify_cancel
 
@@ -83,19 +85,53 @@ def test_short_way_is_closed_to_jobs_that_were_asked_for(
 
     monkeypatch.setattr(Job, "set_running_or_notify_cancel", noted)
     jobs = [make_job() for _ in range(6)]
-    asked, _, cancelled, done, failed, job = jobs
+    asked, _, cancelled, done, closed, job = jobs
     asked.add_done_callback(print)
     assert cancelled.cancel()
-    assert taken([asked, cancelled, done, failed, job]) == [asked, done, failed, job]
+    assert taken([asked, cancelled, done, closed, job]) == [asked, done, closed, job]
     assert long_way == [asked, cancelled]
     assert [j._state for j in jobs] == [
         "RUNNING", "PENDING", "CANCELLED_AND_NOTIFIED", "RUNNING", "RUNNING", "RUNNING"
     ]  # fmt: skip
-    assert not end_unasked([(done, 1, None)])
-    ends = [(j, 2, LookupError() if j is failed else None) for j in jobs]
-    assert end_unasked(ends) == ends[:-1]
-    assert job.result(0) == 2
+    assert not end_unasked([done], [1])
+    closed.close_short_way()
+    left = end_unasked(jobs, range(6))
+    assert left == list(zip(jobs, range(6), strict=True))[:-1]
+    assert job.result(0) == 5
     assert done.result(0) == 1
+
+
+def test_what_answers_bring_is_read_in_order() -> None:
+    """An exception comes by no short way, and only its own job has it."""
+
+    def pickled(value: object) -> bytes:
+        return b"".join(bytes(part) for part in dumps_result(value))
+
+    told: list[tuple[Told, object]] = [
+        (-5, -5),
+        (pickled("short") + bytes(9), "short"),
+        (Message(Kind.RESULT, dumps_result([1, 2])), [1, 2]),
+        (Message(Kind.FAILURE, dumps_exception(KeyError("its"))), KeyError),
+        (LookupError("ours"), LookupError),
+        (b"no pickle", ResultLostError),
+        (Message(Kind.RESULT, [b"no pickle"]), ResultLostError),
+        (pickled(LookupError("a value")), LookupError),
+        (0, 0),
+    ]
+    jobs = taken([make_job() for _ in told])
+    results, errors = read(jobs, [what for what, _ in told])
+    assert list(errors) == jobs[3:7]
+    left = end_unasked(jobs, results)
+    assert [job for job, _ in left] == jobs[3:7]
+    for job, result in left:
+        job.end(result, errors.get(job))
+    for job, (_, expected) in zip(
+        jobs[:3] + jobs[8:], told[:3] + told[8:], strict=True
+    ):
+        assert job.result(0) == expected
+    for job, (_, expected) in zip(jobs[3:7], told[3:7], strict=True):
+        assert type(job.exception(0)) is expected
+    assert isinstance(jobs[7].result(0), LookupError)
 
 
 @pytest.fixture
@@ -139,8 +175,8 @@ def test_whoever_asks_in_the_middle_of_the_short_way_hears_of_it_once(
     threads = [in_thread(call) for call in (ask, cancel, wait_for_all)]
     start.wait(LONGEST)
     run = taken(jobs)
-    for job, result, error in end_unasked([(job, job, None) for job in run]):
-        job.end(result, error)
+    for job, result in end_unasked(run, run):
+        job.end(result, None)
     for thread in threads:
         thread.join(LONGEST)
         assert not thread.is_alive()
@@ -179,7 +215,7 @@ def test_job_that_is_done_keeps_no_arguments() -> None:
         assert job.take()
         assert job.call
     asked.add_done_callback(lambda _: None)
-    end_unasked([(short, 1, None)])
+    end_unasked([short], [1])
     asked.end(1, None)
     failed.end(None, LookupError())
     assert not (short.call or asked.call or failed.call)
@@ -303,7 +339,7 @@ def test_who_waits_is_woken_when_all_else_is_settled() -> None:
         )
     for job in made:
         assert job.take()
-        dispatcher._told.append((job, Message(Kind.RESULT, [b"N."])))
+        dispatcher._tell(job, Message(Kind.RESULT, [b"N."]))
     dispatcher._settle()
     dispatcher.close()
     assert seen == [(1, [True, True, True, False, True, True]), (3, [True] * 6)]

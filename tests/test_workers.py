@@ -113,7 +113,7 @@ def make_jobs(count: int) -> list[Job]:
 def answer(workers: Workers, worker: Worker, count: int) -> None:
     """Note that a worker has answered some of what was sent to it."""
     for _ in range(count):
-        worker.sent.popleft()
+        worker.sent.pop(0)
     workers.note_answers(worker, count, count * 990_000, 0)
 
 
@@ -193,7 +193,7 @@ def test_answers_are_looked_at_when_they_usually_come(workers: Workers) -> None:
     nap = workers.seconds_to_nap(30, is_listening=False)
     assert nap == pytest.approx(10 * 0.99e-3)
     first, _ = workers.all.values()
-    first.sent.popleft()
+    first.sent.pop(0)
     workers._learn(0.004)
     assert workers._seconds_per_job == 0.004
     assert workers.seconds_to_nap(30, is_listening=False) < 1.5 * nap
