@@ -67,10 +67,12 @@ class Dispatcher:
         self._prepare = prepare
         self._at_once = max_workers if forks else 0
         self._pid = os.getpid()
-        # Guards the choice between taking a job and ending, so that no job is appended
-        # after the thread's last look. Never held while callbacks run.
+        # Guards the begin, the end and the offer that stands. Not what is appended: to
+        # take it and let go of it was a fifth of submit(). Never held while callbacks run.
         self._lock = threading.RLock()
         self._waiting: deque[Job] = deque()  # appended to by callers
+        self._is_open = False  # the thread has begun, and no job is to be refused
+        self._has_ended = False  # the thread will not look at what waits again
         self._closing = False
         self._cancelling = False
         self._sparing = False  # what a worker would have by now
@@ -113,26 +115,19 @@ class Dispatcher:
             WorkerStartError: The executor is broken.
             RuntimeError: It was shut down, or this is a forked copy of its process.
         """
-        # Before the lock: in a copy, a thread that is not there may hold it for ever.
+        # Before any lock: in a copy, a thread that is not there may hold it for ever.
         if self._pid != (_copies.known_pid or os.getpid()):
             self.check_owner()
+        if not self._is_open:
+            self._open()
         job = Job(name, call, options)
-        with self._lock:
-            if self._thread is None or self._closing or self._workers.failure:
-                self.check_open()
-                self._begin()  # or it would not be open
-            offer = self._offers.standing
-            if offer is None:
-                self._waiting.append(job)
-                is_heard = not self._listening
-            elif options.timeout is None and offer.take(job):
-                job.read_answer = self._offers.read_answer
-                is_heard = offer.unsent == b""
-            else:
-                offer.is_open = False  # a later job must not overtake this one
-                self._waiting.append(job)
-                is_heard = not self._listening
-        if not is_heard:
+        if self._offers.standing is not None and self._take_offer(job):
+            return job
+        self._waiting.append(job)
+        # Looked at last, against _is_over(), which sets it first.
+        if self._has_ended and job.cancel():
+            self.check_open()
+        if self._listening:
             self._due = time.monotonic() + self._until_due
             self._wake()
         # The thread is in a call to the system, or about to wake. It would have to wait
@@ -142,6 +137,26 @@ class Dispatcher:
                 self._due = now + _WAY_EVERY
             time.sleep(_WAY_SECONDS)
         return job
+
+    def _open(self) -> None:
+        with self._lock:
+            self.check_open()
+            if self._thread is None:
+                self._begin()
+
+    def _take_offer(self, job: Job) -> bool:
+        """Send a job to the worker that is offered, if it may have it."""
+        with self._lock:
+            offer = self._offers.standing
+            if offer is None:
+                return False
+            if job.options.timeout is not None or not offer.take(job):
+                offer.is_open = False  # a later job must not overtake this one
+                return False
+            job.read_answer = self._offers.read_answer
+        if offer.unsent != b"":
+            self._wake()
+        return True
 
     def check_open(self) -> None:
         """Raise as :meth:`add` would in the process that made the executor."""
@@ -190,6 +205,7 @@ class Dispatcher:
         if self.is_copy():
             return
         self._closing = True
+        self._is_open = False
         if self._thread is None:
             self._free()
         else:
@@ -261,6 +277,7 @@ class Dispatcher:
         thread = threading.Thread(target=self._run, name="DBPoolDispatcher")
         thread.start()
         self._thread = thread
+        self._is_open = True
         at_exit.closes(self)
 
     # -- The thread -----------------------------------------------------------------
@@ -284,8 +301,11 @@ class Dispatcher:
             return False
         if self._told or self._repeats:
             return False
-        with self._lock:
-            return not self._waiting
+        # Set first, then looked for what waits, against add(), which appends a job first
+        # and then looks at this: at least one of the two sees the other.
+        self._has_ended = True
+        self._has_ended = not self._waiting
+        return self._has_ended
 
     def _act(self) -> None:
         """Do all that can be done without waiting."""
@@ -297,6 +317,8 @@ class Dispatcher:
                 send(worker.body)
         if self._repeats:
             self._waiting += self._repeats.due()
+        if workers.failure is not None:
+            self._is_open = False
         if self._cancelling or workers.failure is not None:
             self._drop_waiting()
         self._waiting.extendleft(reversed(workers.take_back(len(self._waiting))))
@@ -547,8 +569,8 @@ class Dispatcher:
 
     def _abandon(self) -> None:
         """Leave no future pending and no worker behind, after a fault of our own."""
-        with self._lock:
-            self._closing = True
+        self._closing = self._has_ended = True
+        self._is_open = False
         self._killed = True
         self._withdraw()
         self._drop_waiting()

@@ -346,6 +346,61 @@ def test_who_waits_is_woken_when_all_else_is_settled() -> None:
     assert all(job.result(0) is None for job in made)
 
 
+# -- The end ----------------------------------------------------------------------------
+
+
+def test_job_that_comes_when_the_thread_has_ended_is_refused() -> None:
+    """Nobody would do it, and its future would never be done."""
+    dispatcher = Dispatcher(never, lambda: None, 1, None, forks=False)
+
+    class Late(deque[Job]):
+        def append(self, job: Job) -> None:
+            dispatcher.shutdown(cancel=False)
+            dispatcher.join(LONGEST)
+            super().append(job)
+
+    dispatcher._open()
+    dispatcher._waiting = Late()
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        dispatcher.add(None, b"call", DEFAULTS)
+    assert dispatcher.health() == "shut down"
+    assert all(job.cancelled() for job in dispatcher._waiting)
+
+
+def test_job_that_comes_for_an_offer_that_is_gone_is_refused_as_well(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The thread took it back and ended, a moment after it was seen."""
+    dispatcher = Dispatcher(never, lambda: None, 1, None, forks=False)
+    dispatcher._open()
+
+    def end(_: Job) -> bool:
+        dispatcher.shutdown(cancel=False)
+        dispatcher.join(LONGEST)
+        return False
+
+    monkeypatch.setattr(dispatcher._offers, "standing", object())
+    monkeypatch.setattr(dispatcher, "_take_offer", end)
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        dispatcher.add(None, b"call", DEFAULTS)
+
+
+def test_job_that_was_taken_in_the_end_is_not_refused() -> None:
+    """It will be done: to say that it was refused would be a lie."""
+    dispatcher = Dispatcher(never, never, 1, None, forks=False)
+
+    class Taken(deque[Job]):
+        def append(self, job: Job) -> None:
+            super().append(job)
+            dispatcher._has_ended = job.take()
+
+    dispatcher._is_open = True
+    dispatcher._waiting = Taken()
+    job = dispatcher.add(None, b"call", DEFAULTS)
+    assert job.running()
+    dispatcher.close()
+
+
 # -- A message -------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import Future, as_completed, wait
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from functools import partial
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -123,6 +123,34 @@ def test_executor_that_was_shut_down_takes_no_job(
             view.submit(jobs.add, 1, 2)
         with pytest.raises(RuntimeError, match="after shutdown"):
             executor.map(jobs.add, [1], [2])
+
+
+@pytest.mark.parametrize("cancel", [False, True])
+def test_whoever_submits_during_a_shutdown_is_refused_or_has_his_jobs_done(
+    cancel: bool, sqlite_database: Database, make_executor: MakeExecutor
+) -> None:
+    """No future stays undone, whoever is first."""
+    executor = make_executor(sqlite_database.make_engine, 1)
+    executor.submit(jobs.give, 0).result(LONGEST)
+    submitting = threading.Barrier(4)
+    futures: list[Future[int]] = []
+
+    def submit() -> None:
+        submitting.wait(LONGEST)
+        with pytest.raises(RuntimeError, match="after shutdown"):
+            while True:
+                futures.append(executor.submit(jobs.give, 1))
+
+    with ThreadPoolExecutor(3) as threads:
+        ends = [threads.submit(submit) for _ in range(3)]
+        submitting.wait(LONGEST)
+        executor.shutdown(wait=False, cancel_futures=cancel)
+        for end in ends:
+            end.result(LONGEST)
+    done = wait(futures, LONGEST)
+    assert not done.not_done
+    assert all(f.cancelled() or f.result(0) == 1 for f in futures)
+    assert cancel or not any(f.cancelled() for f in futures)
 
 
 def test_executor_that_was_never_used_starts_nothing(
