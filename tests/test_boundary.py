@@ -467,8 +467,9 @@ def test_name_that_another_function_has_by_now_is_not_sent(
 ) -> None:
     """Also if the function was called by it a moment ago."""
     add = jobs.add
-    for _ in range(2):
-        assert pack_call(add, (1, 2), {}) == (("jobs", "add"), (1, 2))
+    names = [pack_call(add, (1, number), {})[0] for number in range(2)]
+    assert names == [("jobs", "add")] * 2
+    assert names[0] is names[1]
     with monkeypatch.context() as other:
         other.setattr(jobs, "add", jobs.give)
         with pytest.raises(pickle.PicklingError, match="not the same object"):

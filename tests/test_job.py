@@ -385,6 +385,45 @@ def test_job_that_comes_for_an_offer_that_is_gone_is_refused_as_well(
         dispatcher.add(None, b"call", DEFAULTS)
 
 
+def test_job_that_comes_while_the_thread_looks_for_the_last_time_is_refused() -> None:
+    """It says that it has ended before it looks, and not only then."""
+    dispatcher = Dispatcher(never, lambda: None, 1, None, forks=False)
+    refused: list[bool] = []
+
+    class Looked(deque[Job]):
+        def __len__(self) -> int:
+            seen = super().__len__()
+            if dispatcher._closing and not refused:
+                dispatcher._is_open = True  # as if it had been asked before the end
+                refused.append(False)
+                with pytest.raises(RuntimeError, match="after shutdown"):
+                    dispatcher.add(None, b"call", DEFAULTS)
+                refused[0] = True
+            return seen
+
+    dispatcher._waiting = Looked()
+    dispatcher._open()
+    dispatcher.shutdown(cancel=False)
+    dispatcher.join(LONGEST)
+    assert refused == [True]
+
+
+def test_job_that_comes_while_others_are_spared_is_not_in_the_way() -> None:
+    """A caller may have asked whether it is open before it was shut down."""
+    dispatcher = Dispatcher(never, never, 1, None, forks=False)
+
+    class Overtaken(Job):
+        def take(self) -> bool:
+            dispatcher._waiting.append(make_job())
+            return super().take()
+
+    spared = [Overtaken(None, b"call", DEFAULTS) for _ in range(3)]
+    dispatcher._waiting += spared
+    dispatcher._spare(2)
+    assert [job.running() for job in dispatcher._waiting] == [True, True] + [False] * 3
+    dispatcher.close()
+
+
 def test_job_that_was_taken_in_the_end_is_not_refused() -> None:
     """It will be done: to say that it was refused would be a lie."""
     dispatcher = Dispatcher(never, never, 1, None, forks=False)

@@ -239,6 +239,35 @@ def test_long_answers_are_settled_one_by_one_and_in_turn(
     assert not any(body_of(worker).is_killed for worker in workers.all.values())
 
 
+def test_job_that_may_not_be_offered_is_not_overtaken(dispatcher: Dispatcher) -> None:
+    """The next one could have the worker that is offered, but comes after it."""
+    dispatcher._is_open = True
+    dispatcher._offers.standing = dispatcher._workers.offer()
+    limited, short = (
+        dispatcher.add(("jobs", "pid"), (), options)
+        for options in (DEFAULTS.with_(timeout=1.0), DEFAULTS)
+    )
+    assert list(dispatcher._waiting) == [limited, short]
+    dispatcher._waiting.clear()
+
+
+def test_who_cannot_send_all_of_a_job_wakes_the_dispatcher(
+    dispatcher: Dispatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It sends the rest, as soon as there is room."""
+    workers = dispatcher._workers
+    worker = workers.idle[-1]
+    dispatcher._is_open = True
+    dispatcher._offers.standing = workers.offer()
+    channel = body_of(worker).channel
+    monkeypatch.setattr(channel, "send_at_once", lambda data: data[1:])
+    job = dispatcher.add(("jobs", "pid"), (), DEFAULTS)
+    assert dispatcher._ear.recv(4096)
+    assert not dispatcher._waiting
+    dispatcher._withdraw()
+    assert worker.sent == [job]
+
+
 def test_answers_by_pipe_and_by_channel_are_taken_in_the_order_of_the_jobs(
     dispatcher: Dispatcher,
 ) -> None:
