@@ -25,6 +25,7 @@ _TURN_SECONDS = 0.0015  # between two turns, while callers submit jobs of micros
 _GROUP_MOST = 500  # jobs, however short
 _GROUPS = 3  # that a worker may have
 _LEAST_SECONDS = 0.0003  # work in a message, if so much waits; a tenth is its cost
+_PARENT_SECONDS = 3e-6  # that the parent needs for each job, however short
 _UNREAD_BYTES = 1 << 15  # that a channel takes on every system
 _UNREAD_ANSWERS = 200  # of which each takes memory beside its bytes
 _MANY = 4  # answers that are worth a nap
@@ -53,6 +54,21 @@ def workers_to_start(
     return max(0, min(waiting - idle - starting, max_workers - alive))
 
 
+def share_of_each(*, unanswered: int, workers: int, usual_seconds: float) -> int:
+    """Say how many jobs each worker would have, if all were shared evenly.
+
+    Not among more workers than can be kept busy: to divide jobs of some microseconds
+    more finely takes the parent longer than they take.
+
+    Args:
+        unanswered: Jobs, sent or not.
+        workers: That are ready.
+        usual_seconds: How long jobs usually take; infinite while that is not known.
+    """
+    busy = math.ceil(min(workers, usual_seconds / _PARENT_SECONDS))
+    return -(-unanswered // max(1, busy))
+
+
 def jobs_to_send(*, waiting: int, sent: int, seconds_per_job: float, share: int) -> int:
     """Say how many jobs to send to a worker now.
 
@@ -68,7 +84,7 @@ def jobs_to_send(*, waiting: int, sent: int, seconds_per_job: float, share: int)
         waiting: Jobs not yet sent to a worker.
         sent: Jobs that this worker has and has not answered.
         seconds_per_job: How long recent jobs took; infinite while none is known.
-        share: Jobs for each worker, if all that are not answered were shared evenly.
+        share: Jobs for each worker, from :func:`share_of_each`.
 
     Returns:
         A number >= 0.

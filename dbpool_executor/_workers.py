@@ -236,8 +236,11 @@ class Workers:
     def send_from(self, waiting: deque[Job]) -> None:
         """Send waiting jobs to the workers that may have some."""
         ready = [w for w in self.all.values() if w.state is State.READY]
-        unanswered = len(waiting) + sum(len(worker.sent) for worker in ready)
-        share = -(-unanswered // max(1, len(ready)))
+        share = _rules.share_of_each(
+            unanswered=len(waiting) + sum(len(worker.sent) for worker in ready),
+            workers=len(ready),
+            usual_seconds=self.usual_seconds,
+        )
         while waiting and (self.idle or self._short):
             worker = self.idle[-1] if self.idle else next(iter(self._short))
             count = _rules.jobs_to_send(

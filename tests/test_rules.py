@@ -23,6 +23,7 @@ from dbpool_executor._rules import (
     outcome_at_end,
     seconds_to_nap,
     seconds_until_due,
+    share_of_each,
     updated_estimate,
     workers_to_start,
 )
@@ -174,6 +175,29 @@ def test_job_that_was_taken_back_does_not_begin() -> None:
 
 
 # -- How many jobs are sent ahead ----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("unanswered", "workers", "usual_seconds", "share"),
+    [
+        (100, 4, math.inf, 25),
+        (10, 4, 0.001, 3),
+        (3000, 64, 192e-6, 47),
+        (3000, 64, 30e-6, 300),  # the parent keeps no more than ten busy with these
+        (3000, 64, 7e-6, 1000),
+        (3000, 64, 2e-6, 3000),
+        (3000, 2, 4e-6, 1500),
+        (0, 2, 0.001, 0),
+        (5, 0, 0.001, 5),  # none is ready yet
+    ],
+)
+def test_share_of_each_worker(
+    unanswered: int, workers: int, usual_seconds: float, share: int
+) -> None:
+    """Each row is one situation and the jobs that a worker is to have in it."""
+    assert share == share_of_each(
+        unanswered=unanswered, workers=workers, usual_seconds=usual_seconds
+    )
 
 
 @pytest.mark.parametrize(

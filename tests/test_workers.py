@@ -174,6 +174,21 @@ def test_last_jobs_go_where_fewest_are(workers: Workers) -> None:
     assert [len(ahead.sent), len(behind.sent), len(waiting)] == [13, 12, 1]
 
 
+def test_jobs_of_microseconds_are_not_divided_among_all(workers: Workers) -> None:
+    """To send some to one more worker would take the parent longer than they take."""
+    workers._learn(4e-6, jobs=100)
+    workers._most = 5
+    for _ in range(3):
+        workers.start_one()
+        workers.note_ready(list(workers.all.values())[-1])
+    workers.send_from(deque(make_jobs(2000)))
+    assert sorted(len(worker.sent) for worker in workers.all.values()) == [
+        *[0] * 3,
+        1000,
+        1000,
+    ]
+
+
 def test_worker_that_leaves_has_no_share(workers: Workers) -> None:
     """What it still has is no reason for another to have more than the third."""
     workers._most = 3
