@@ -52,8 +52,8 @@ Name = tuple[str, str]
 Run = tuple[Function | None, list[Call]]
 """Calls of one function in a row; those that are pickles have none."""
 
-# Most jobs call the function that the one before has called. One tuple for all of them
-# is less for the collector of garbage to look at.
+# The function of the last short call and its name. Most jobs call the same one, and one
+# tuple for all of them is less for the collector of garbage to look at.
 _last: tuple[Function | None, Name] = None, ("", "")
 
 
