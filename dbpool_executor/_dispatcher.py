@@ -67,12 +67,14 @@ class Dispatcher:
         self._prepare = prepare
         self._at_once = max_workers if forks else 0
         self._pid = os.getpid()
-        # Guards the begin, the end and the offer that stands. Not what is appended: to
-        # take it and let go of it was a fifth of submit(). Never held while callbacks run.
+        # Guards the begin, the flags of a shutdown, and what callers do with an offer. Not
+        # what is queued: to take it and let go of it was a fifth of submit(). Never held
+        # while callbacks run.
         self._lock = threading.RLock()
         self._waiting: deque[Job] = deque()  # appended to by callers
-        self._is_open = False  # the thread has begun, and no job is to be refused
-        self._has_ended = False  # the thread will not look at what waits again
+        self._is_open = False  # the thread has begun, and nothing is known against it
+        # Whether the thread looks at what waits no more, or is about to find that out.
+        self._has_ended = False
         self._closing = False
         self._cancelling = False
         self._sparing = False  # what a worker would have by now
@@ -121,11 +123,13 @@ class Dispatcher:
         if not self._is_open:
             self._open()
         job = Job(name, call, options)
-        if self._offers.standing is not None and self._take_offer(job):
+        if self._offers.standing is None:
+            self._waiting.append(job)
+        elif self._take_offer(job):
             return job
-        self._waiting.append(job)
-        # Looked at last, against _is_over(), which sets it first.
-        if self._has_ended and job.cancel():
+        # Looked at last, against _is_over() and _abandon(), which set it first.
+        if self._has_ended and job.refuse():
+            self._is_open = False
             self.check_open()
         if self._listening:
             self._due = time.monotonic() + self._until_due
@@ -143,15 +147,24 @@ class Dispatcher:
             self.check_open()
             if self._thread is None:
                 self._begin()
+            at_exit.closes(self)
+            self.check_open()  # workers that are forked may all have failed to start
+            self._is_open = True
 
     def _take_offer(self, job: Job) -> bool:
-        """Send a job to the worker that is offered, if it may have it."""
+        """Send a job to the worker that is offered, if it may have it, or queue it.
+
+        Returns:
+            Whether the worker has it.
+        """
         with self._lock:
             offer = self._offers.standing
             if offer is None:
+                self._waiting.append(job)
                 return False
             if job.options.timeout is not None or not offer.take(job):
                 offer.is_open = False  # a later job must not overtake this one
+                self._waiting.append(job)
                 return False
             job.read_answer = self._offers.read_answer
         if offer.unsent != b"":
@@ -253,7 +266,8 @@ class Dispatcher:
         return Stats(
             workers=workers,
             idle=min(idle, workers - busy),
-            queued=len(self._waiting) + len(self._repeats),
+            # A job that came too late is left there.
+            queued=0 if self._has_ended else len(self._waiting) + len(self._repeats),
             running=busy,
             done=done,
             failed=self._failed,
@@ -277,8 +291,6 @@ class Dispatcher:
         thread = threading.Thread(target=self._run, name="DBPoolDispatcher")
         thread.start()
         self._thread = thread
-        self._is_open = True
-        at_exit.closes(self)
 
     # -- The thread -----------------------------------------------------------------
 
@@ -569,8 +581,9 @@ class Dispatcher:
 
     def _abandon(self) -> None:
         """Leave no future pending and no worker behind, after a fault of our own."""
-        self._closing = self._has_ended = True
+        self._closing = True
         self._is_open = False
+        self._has_ended = True  # who sees it asks for the reason, and finds it
         self._killed = True
         self._withdraw()
         self._drop_waiting()

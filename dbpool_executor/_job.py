@@ -11,7 +11,13 @@ import pickle
 import threading
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, InvalidStateError
-from concurrent.futures._base import FINISHED, PENDING, RUNNING
+from concurrent.futures._base import (
+    CANCELLED,
+    CANCELLED_AND_NOTIFIED,
+    FINISHED,
+    PENDING,
+    RUNNING,
+)
 from contextlib import suppress
 from typing import Any, TypeAlias
 
@@ -201,9 +207,20 @@ class Job(Future[Any]):
         self._take_asked()
         return True
 
+    def refuse(self) -> bool:
+        """Cancel it, if it is still to be taken and nobody else has it."""
+        with _lock:
+            if self._state != PENDING or self._made_condition is not None:
+                return False
+            self._state = CANCELLED
+        return True
+
     def _take_asked(self) -> bool:
-        # Where as_completed() and wait() hear of a job that was cancelled.
-        if self.set_running_or_notify_cancel():
+        # Where as_completed() and wait() hear of a job that was cancelled, once.
+        if (
+            self._state != CANCELLED_AND_NOTIFIED
+            and self.set_running_or_notify_cancel()
+        ):
             return True
         self.call = _NO_CALL
         return False
@@ -327,6 +344,10 @@ def read(
 
 def end_unasked(jobs: Sequence[Job], results: Sequence[object]) -> list[_End]:
     """Give jobs their results, where nobody is to be told.
+
+    Args:
+        jobs: They; to those that have no result the short way is closed.
+        results: In the same order.
 
     Returns:
         What is left, in order.

@@ -32,7 +32,7 @@ from dbpool_executor._exceptions import dumps_exception
 from dbpool_executor._groups import _GROUP_BYTES, messages_for, next_jobs
 from dbpool_executor._job import Job, Told, end_unasked, read, taken
 from dbpool_executor._options import DEFAULTS, loads_options
-from dbpool_executor.errors import ResultLostError
+from dbpool_executor.errors import ResultLostError, WorkerStartError
 from waiting import LONGEST, wait_until
 
 
@@ -365,6 +365,7 @@ def test_job_that_comes_when_the_thread_has_ended_is_refused() -> None:
         dispatcher.add(None, b"call", DEFAULTS)
     assert dispatcher.health() == "shut down"
     assert all(job.cancelled() for job in dispatcher._waiting)
+    assert dispatcher.stats().queued == 0
 
 
 def test_job_that_comes_for_an_offer_that_is_gone_is_refused_as_well(
@@ -421,6 +422,36 @@ def test_job_that_comes_while_others_are_spared_is_not_in_the_way() -> None:
     dispatcher._waiting += spared
     dispatcher._spare(2)
     assert [job.running() for job in dispatcher._waiting] == [True, True] + [False] * 3
+    dispatcher.close()
+
+
+def test_broken_executor_refuses_jobs_and_keeps_none() -> None:
+    """Workers that are forked are started before the thread, and may all fail."""
+
+    def fails() -> NoReturn:
+        raise OSError("no more processes")
+
+    dispatcher = Dispatcher(fails, lambda: None, 4, None, forks=True)
+    for _ in range(3):
+        with pytest.raises(WorkerStartError, match="no more processes"):
+            dispatcher.add(None, b"call", DEFAULTS)
+        dispatcher.join(LONGEST)
+    assert dispatcher.health() == "broken"
+    assert not dispatcher._waiting
+
+
+def test_jobs_that_were_cancelled_are_no_fault_when_others_are_spared() -> None:
+    """They are passed over when it is asked who is spared, and dropped after that."""
+    dispatcher = Dispatcher(never, never, 1, None, forks=False)
+    made = [make_job() for _ in range(4)]
+    for job in made[:2]:
+        job.cancel()
+    dispatcher._waiting += made
+    dispatcher._spare(1)
+    dispatcher._drop_waiting()
+    assert [job.cancelled() for job in made] == [True, True, False, True]
+    assert list(dispatcher._waiting) == made[2:3]
+    assert not wait(made[:2], 0).not_done
     dispatcher.close()
 
 
