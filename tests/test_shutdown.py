@@ -68,6 +68,8 @@ def test_shutdown_without_waiting_returns_before_the_jobs_are_done(
     gate.arrival()
     executor.shutdown(wait=False)
     assert not held.done()
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        executor.submit(jobs.insert_item, "late")  # while those before are under way
     gate.open()
     for future in [held, *futures]:
         future.result(LONGEST)
