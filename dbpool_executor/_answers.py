@@ -117,9 +117,9 @@ class AnswerReader:
             pairs = zip(answered, numbers, strict=True)
             size = len(list(itertools.takewhile(_are_equal, pairs))) * _ANSWER.size
         data, self._data = self._data[:size], self._data[size:]
-        value = _INT if _are_ints(data) else _PICKLE
-        values = list(itertools.chain.from_iterable(value.iter_unpack(data)))
-        return values, sum(memoryview(data).cast("Q")[1::_WORDS])
+        layout = _INT if _are_ints(data) else _PICKLE
+        results = list(itertools.chain.from_iterable(layout.iter_unpack(data)))
+        return results, sum(memoryview(data).cast("Q")[1::_WORDS])
 
     def close(self) -> None:
         """Close this end."""
