@@ -18,9 +18,9 @@ from importlib.metadata import version
 
 from sqlalchemy import create_engine
 
-from dbpool_executor._alarm import Alarm
-from dbpool_executor._commits import CommitWatch
-from dbpool_executor._phase import WORDS, Phase, PhaseRecord
+from dbpool_executor._wire.phase import WORDS, Phase, PhaseRecord
+from dbpool_executor._worker.commit_watch import CommitWatch
+from dbpool_executor._worker.timeout import Alarm
 
 JOBS = 100_000
 ROUNDS = 9

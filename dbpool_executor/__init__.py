@@ -11,13 +11,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 # Its hooks defend what this process has open from now on, whatever else it imports.
-from . import _inheritance as _inheritance
+from ._forks import connections as connections
 
 if TYPE_CHECKING:
     from . import errors as errors
-    from ._database import current_engine, session
-    from ._executor import DBPoolExecutor
-    from ._stats import Stats
+    from ._api.executor import DBPoolExecutor
+    from ._dispatch.stats import Stats
+    from ._worker.transaction import current_engine, session
     from .errors import (
         ArgumentsLostError,
         DBPoolError,
@@ -60,10 +60,10 @@ __all__ = [
 
 # Where the names are that are not errors.
 _HOMES = {
-    "DBPoolExecutor": "._executor",
-    "Stats": "._stats",
-    "current_engine": "._database",
-    "session": "._database",
+    "DBPoolExecutor": "._api.executor",
+    "Stats": "._dispatch.stats",
+    "current_engine": "._worker.transaction",
+    "session": "._worker.transaction",
 }
 
 

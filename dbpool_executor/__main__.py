@@ -21,7 +21,7 @@ from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from . import DBPoolError
-from ._telling import told_of
+from ._tools.redact import told_of
 
 
 class UsageError(Exception):
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from ._demo import DemoError, Options, run
+    from ._tools.demo import DemoError, Options, run
 
     url = None
     try:
@@ -78,7 +78,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from ._check import Options, run
+    from ._tools.check import Options, run
 
     url = problem = None
     if options.url is not None:

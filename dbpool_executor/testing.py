@@ -20,20 +20,20 @@ from sqlalchemy import URL, Connection, Engine, event
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from . import _worker
-from ._arguments import check_pickles, factory_of
-from ._boundary import Buffer, Call, Name, dumps_calls, loads_calls
-from ._channel import Kind, Message
-from ._database import NO_KEYWORDS, Database, here
-from ._dispatcher import _FAILURE_PARTS, Dispatcher
-from ._drivers import is_aborted
-from ._exceptions import dumps_exception
-from ._executor import DBPoolExecutor
-from ._inheritance import live_entries, pool_of
-from ._job import Job, read
-from ._options import DEFAULTS, JobOptions
-from ._parent import AnyEngine, _is_its_pool
-from ._phase import WORDS, PhaseRecord
+from ._api.arguments import check_pickles, factory_of
+from ._api.executor import DBPoolExecutor
+from ._dispatch.dispatcher import _FAILURE_PARTS, Dispatcher
+from ._dispatch.job import Job, read
+from ._drivers.errors import is_aborted
+from ._forks.connections import live_entries, pool_of
+from ._launch.quiesce import AnyEngine, _is_its_pool
+from ._wire.calls import Buffer, Call, Name, dumps_calls, loads_calls
+from ._wire.channel import Kind, Message
+from ._wire.exceptions import dumps_exception
+from ._wire.options import DEFAULTS, JobOptions
+from ._wire.phase import WORDS, PhaseRecord
+from ._worker import main as worker
+from ._worker.transaction import NO_KEYWORDS, Database, here
 from .errors import DBPoolError, TransactionAbortedError
 
 __all__ = ["InlineExecutor"]
@@ -178,7 +178,7 @@ class _InlineDispatcher(Dispatcher):
         with self._lock:
             if self._database is not None and self._finalizer is not None:
                 note = self._workers.take_note
-                _worker._finalize(self._database, self._finalizer, note)
+                worker._finalize(self._database, self._finalizer, note)
             super().shutdown(cancel=cancel, spare=spare)
 
     def _start(self) -> None:
@@ -193,7 +193,7 @@ class _InlineDispatcher(Dispatcher):
         database = self._make_database()
         try:
             if self._initializer is not None:
-                database.run(_worker._call_only, (self._initializer,))
+                database.run(worker._call_only, (self._initializer,))
         except BaseException:
             self._dispose(database)
             raise
@@ -206,7 +206,7 @@ class _InlineDispatcher(Dispatcher):
         options = self._database.adapted(job.options)
         ((fn, (call,)),) = loads_calls(dumps_calls([(job.name, [job.call])]))
         while True:
-            told = Message(*_worker._run(self._database, fn, call, options))
+            told = Message(*worker._run(self._database, fn, call, options))
             if told.kind is Kind.RESULT:
                 return told
             job.attempts += 1

@@ -17,7 +17,9 @@ from sqlalchemy import URL
 import processes
 import servers
 import tls
-from dbpool_executor import DBPoolExecutor, _arguments, _boundary, _picklers
+from dbpool_executor import DBPoolExecutor
+from dbpool_executor._api import arguments
+from dbpool_executor._wire import calls, picklers
 from processes import MakeExecutor
 from servers import Database
 from waiting import LONGEST, Gate
@@ -26,7 +28,14 @@ from warm import Interpreter
 # Read once by the forkserver instead of by each of its workers. Workers of the spawn
 # method show that nothing depends on it.
 multiprocessing.set_forkserver_preload(
-    ["dbpool_executor._worker", "models", "psycopg", "psycopg2", "pymysql", "MySQLdb"]
+    [
+        "dbpool_executor._worker.main",
+        "models",
+        "psycopg",
+        "psycopg2",
+        "pymysql",
+        "MySQLdb",
+    ]
 )
 
 # A shell that starts the suite in the background has Ctrl-C ignored, also in the programs
@@ -37,7 +46,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 @pytest.fixture(autouse=True)
 def without_cloudpickle(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is tested is the package alone; ``test_with_code`` tests the extra."""
-    for module in (_picklers, _boundary, _arguments):
+    for module in (picklers, calls, arguments):
         monkeypatch.setattr(module, "by_value_pickler", lambda **_: None)
 
 

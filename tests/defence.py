@@ -19,20 +19,17 @@ def is_taken_away() -> bool:
 def take_away() -> None:
     """Make all that the package does against inheritance do nothing in this process."""
     # Here and not above: programs that must not know the package import this module.
-    from dbpool_executor import (
-        _database,
-        _executor,
-        _inheritance,
-        _local,
-        _worker,
-    )
+    from dbpool_executor._api import executor
+    from dbpool_executor._forks import connections
+    from dbpool_executor._launch import local
+    from dbpool_executor._worker import main, transaction
 
     def nothing(*_args: object, **_options: object) -> None:
         pass
 
-    _inheritance._before_fork = nothing
-    _inheritance._after_fork_in_child = nothing
-    _database.refuse_inherited = nothing
-    _executor.prepare = nothing
-    _local.prepare_fork = nothing
-    _worker.bury_inherited = list
+    connections._before_fork = nothing
+    connections._after_fork_in_child = nothing
+    transaction.refuse_inherited = nothing
+    executor.prepare = nothing
+    local.prepare_fork = nothing
+    main.bury_inherited = list

@@ -294,7 +294,7 @@ def reloaded(url: str) -> dict[str, Any]:
         event, "listen", lambda *all_: registered.append(all_)
     )
     with hooks, listeners:
-        for name in ("dbpool_executor._inheritance", "dbpool_executor") * 2:
+        for name in ("dbpool_executor._forks.connections", "dbpool_executor") * 2:
             importlib.reload(importlib.import_module(name))
     return {**race(url, "collects", 2), "registered": len(registered)}
 

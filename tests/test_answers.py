@@ -11,9 +11,14 @@ import pytest
 import faults
 import jobs
 from dbpool_executor import DBPoolExecutor, WorkerDiedError
-from dbpool_executor._answers import _ANSWER, _MOST, AnswerReader, AnswerWriter
-from dbpool_executor._boundary import dumps_result
-from dbpool_executor._streams import make_pipe
+from dbpool_executor._forks.ends import make_pipe
+from dbpool_executor._wire.calls import dumps_result
+from dbpool_executor._wire.short_answers import (
+    _ANSWER,
+    _MOST,
+    AnswerReader,
+    AnswerWriter,
+)
 from processes import MakeExecutor
 from servers import Database
 from waiting import LONGEST, wait_until

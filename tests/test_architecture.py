@@ -18,88 +18,34 @@ import pytest
 import dbpool_executor
 
 PACKAGE = Path(dbpool_executor.__file__).parent
-TREES = {path.stem: ast.parse(path.read_text()) for path in PACKAGE.glob("*.py")}
+TREES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): ast.parse(
+        path.read_text()
+    )
+    for path in PACKAGE.rglob("*.py")
+}
 
-# Modules of the package's own that each may import; the order is from the bottom up.
+# Rooms of the package that each room may import: a folder, or a module beside them. From
+# the bottom up.
 MAY_IMPORT: dict[str, set[str]] = {
     # Both processes.
     "errors": set(),
-    "_collection": set(),
-    "_copies": set(),
-    "_inheritance": {"_collection"},
-    "_options": set(),
-    "_phase": set(),
-    "_places": set(),
-    "_streams": set(),
-    "_picklers": {"_places"},
-    "_boundary": {"_picklers", "_places", "errors"},
-    "_channel": {"_boundary"},
-    "_answers": {"_boundary", "_streams"},
-    "_shared_channel": {"_boundary", "_channel"},
-    "_exceptions": {"_boundary", "_picklers", "_places", "errors"},
-    "_logs": {"_boundary"},
-    # Workers.
-    "_alarm": set(),
-    "_forwarder": {"_logs"},
-    "_leaving": set(),
-    "_drivers": {"_inheritance"},
-    "_notes": {"_inheritance"},
-    "_resolution": {"errors"},
-    "_sessions": set(),
-    "_commits": {"_alarm", "_drivers", "_inheritance", "_phase", "errors"},
-    "_database": {
-        "_alarm", "_boundary", "_commits", "_copies", "_drivers", "_inheritance", "_leaving",
-        "_options", "_phase", "_places", "_resolution", "_sessions", "errors",
-    },
-    "_worker": {
-        "_answers", "_boundary", "_channel", "_database", "_exceptions", "_forwarder", "_inheritance",
-        "_leaving", "_logs", "_notes", "_options", "_phase", "_picklers", "_places", "_resolution",
-        "_shared_channel", "_streams", "errors",
-    },
+    "_forks": set(),
+    "_drivers": {"_forks"},
+    "_wire": {"_forks", "errors"},
+    # A worker.
+    "_worker": {"_drivers", "_forks", "_wire", "errors"},
     # The parent.
-    "_exit": set(),
-    "_preloaded": {"_inheritance"},
-    "_stats": set(),
-    "_arguments": {"_boundary", "_picklers", "_places", "errors"},
-    "_results": set(),
-    "_parent": {"_inheritance", "_places", "errors"},
-    "_rules": {"_phase", "errors"},
-    "_job": {"_boundary", "_channel", "_exceptions", "_options", "errors"},
-    "_local": {"_answers", "_channel", "_inheritance", "_parent", "_phase", "_streams", "_worker"},
-    "_endings": {"_exceptions", "_job", "errors"},
-    "_groups": {"_boundary", "_channel", "_job", "_options"},
-    "_offer": {"_boundary", "_channel", "_groups", "_job", "_streams"},
-    "_repeats": {"_channel", "_job", "_rules", "errors"},
-    "_workers": {
-        "_boundary", "_endings", "_exceptions", "_groups", "_job", "_local", "_offer",
-        "_phase", "_rules", "errors",
-    },
-    "_dispatcher": {
-        "_boundary", "_channel", "_copies", "_endings", "_exit", "_job", "_local", "_logs",
-        "_offer", "_options", "_repeats", "_rules", "_streams", "_stats", "_worker", "_workers", "errors",
-    },
-    "_executor": {
-        "_arguments", "_boundary", "_dispatcher", "_job", "_local", "_logs",
-        "_options", "_parent", "_results", "_stats", "_worker",
-    },
+    "_launch": {"_forks", "_wire", "_worker", "errors"},
+    "_dispatch": {"_forks", "_launch", "_wire", "_worker", "errors"},
+    "_api": {"_dispatch", "_launch", "_wire", "_worker", "errors"},
     "testing": {
-        "_arguments", "_boundary", "_channel", "_database", "_dispatcher", "_drivers",
-        "_exceptions", "_executor", "_inheritance", "_job", "_options", "_parent", "_phase", "_worker",
-        "errors",
+        "_api", "_dispatch", "_drivers", "_forks", "_launch", "_wire", "_worker", "errors",
     },
     # The front door, and what comes through it.
-    "__init__": {"_database", "_executor", "_inheritance", "_stats", "errors"},
-    "_demo_jobs": {"__init__"},
-    "_demo": {"__init__", "_demo_jobs"},
-    "_telling": set(),
-    "_check_rules": set(),
-    "_check_jobs": {"__init__", "_check_rules", "_inheritance", "_notes", "_telling"},
-    "_check_measures": {"__init__", "_check_jobs"},
-    "_check": {
-        "__init__", "_arguments", "_check_jobs", "_check_measures", "_check_rules",
-        "_telling",
-    },
-    "__main__": {"__init__", "_check", "_demo", "_telling"},
+    "__init__": {"_api", "_dispatch", "_forks", "_worker", "errors"},
+    "_tools": {"__init__", "_api", "_forks", "_worker"},
+    "__main__": {"__init__", "_tools"},
 }  # fmt: skip
 
 WHERE = re.compile(
@@ -107,27 +53,40 @@ WHERE = re.compile(
 )
 
 
-def imported_by(tree: ast.Module) -> Iterator[str]:
+def imported_by(module: str, tree: ast.Module) -> Iterator[str]:
     """Give the modules of the package that one imports, anywhere in it."""
+    here = [PACKAGE.name, *module.split(".")]
     for node in ast.walk(tree):
         match node:
-            case ast.ImportFrom(module=str(module), level=1):
-                yield module.split(".")[0]
-            case ast.ImportFrom(module=None, level=1, names=names):
-                modules = {name.name for name in names} & set(TREES)
-                yield from modules or {"__init__"}
-            case ast.ImportFrom(module=str(module), level=0):
-                path = module.split(".")
-                if path[0] == PACKAGE.name:
-                    yield path[1] if len(path) > 1 else "__init__"
+            case ast.ImportFrom(module=name, level=level, names=names):
+                start = here[: len(here) - level] if level else []
+                path = [*start, *(name.split(".") if name else [])]
+                for alias in names:
+                    yield from module_at([*path, alias.name]) or module_at(path)
             case ast.Import(names=names):
-                for name in names:
-                    path = name.name.split(".")
-                    if path[0] == PACKAGE.name:
-                        yield path[1] if len(path) > 1 else "__init__"
+                for alias in names:
+                    yield from module_at(alias.name.split("."))
 
 
-IMPORTS = {name: set(imported_by(tree)) for name, tree in TREES.items()}
+def module_at(path: list[str]) -> list[str]:
+    """Give the module of the package that a path names, if it names one."""
+    if path[:1] != [PACKAGE.name]:
+        return []
+    name = ".".join(path[1:])
+    found = [m for m in (name, f"{name}.__init__".lstrip(".")) if m in TREES]
+    return found[:1]
+
+
+def room_of(module: str) -> str:
+    """Give the folder of a module, or itself where it is in none."""
+    return module.split(".", maxsplit=1)[0]
+
+
+IMPORTS = {name: set(imported_by(name, tree)) for name, tree in TREES.items()}
+ROOMS: dict[str, set[str]] = {}
+for _name, _found in IMPORTS.items():
+    _room = room_of(_name)
+    ROOMS.setdefault(_room, set()).update({room_of(m) for m in _found} - {_room})
 
 
 def reached_from(module: str) -> set[str]:
@@ -148,35 +107,40 @@ def where_runs(module: str) -> str | None:
     return None if found is None else found["where"]
 
 
-def test_every_module_has_its_place_in_the_table() -> None:
-    """A new module is entered, one that is gone is taken out."""
-    assert sorted(MAY_IMPORT) == sorted(TREES)
+def test_every_room_has_its_place_in_the_table() -> None:
+    """A new room is entered, one that is gone is taken out."""
+    assert sorted(MAY_IMPORT) == sorted(ROOMS)
 
 
-def test_every_module_imports_only_what_the_table_allows() -> None:
-    """A new edge between two modules is a decision."""
-    more = {
-        name: found - MAY_IMPORT.get(name, set()) for name, found in IMPORTS.items()
-    }
+def test_every_room_imports_only_what_the_table_allows() -> None:
+    """A new edge between two rooms is a decision."""
+    more = {name: found - MAY_IMPORT.get(name, set()) for name, found in ROOMS.items()}
     assert {name: found for name, found in more.items() if found} == {}
+
+
+def test_no_room_uses_a_private_name_of_another() -> None:
+    """What another room may use has no underscore; tests alone may."""
+    taken = [
+        f"{module} takes {alias.name}"
+        for module, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.level > 1
+        for alias in node.names
+        if alias.name.startswith("_") and alias.name not in ROOMS
+    ]
+    assert taken == []
 
 
 def test_lock_of_jobs_is_the_last_to_be_taken_before_a_fork() -> None:
     """So it has to be registered before that of the ends of streams."""
-    program = (
-        "import sys; from dbpool_executor import DBPoolExecutor\n"
-        "loaded = [name.rpartition('.')[2] for name in sys.modules]\n"
-        "print(loaded.index('_job') < loaded.index('_streams'))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, check=True, timeout=60
-    )
-    assert done.stdout.split() == [b"True"]
+    assert "_forks.job_lock" in IMPORTS["_forks.ends"]
+    source = (PACKAGE / "_forks" / "ends.py").read_text()
+    assert source.index("import job_lock") < source.index("register_at_fork")
 
 
 def test_table_allows_no_more_than_is_used() -> None:
     """An edge that is gone is taken out, so that it does not come back unseen."""
-    more = {name: may - IMPORTS.get(name, set()) for name, may in MAY_IMPORT.items()}
+    more = {name: may - ROOMS.get(name, set()) for name, may in MAY_IMPORT.items()}
     del more["__init__"]  # a list of names, which comes and goes with them
     assert {name: found for name, found in more.items() if found} == {}
 
@@ -202,22 +166,24 @@ def test_what_runs_in_a_worker_imports_nothing_of_the_parents(module: str) -> No
     assert reached_from(module) & parents == set()
 
 
-def test_modules_of_workers_say_so() -> None:
-    """The check above is about these, at the least."""
-    workers = [
-        "_worker",
-        "_database",
-        "_boundary",
-        "_picklers",
-        "_exceptions",
-        "_places",
-        "_channel",
-        "_streams",
-    ]
-    for module in [*workers, "_phase", "_options", "errors"]:
-        assert where_runs(module) in ("a worker", "both processes")
-    for module in ("_executor", "_dispatcher", "_workers", "_local", "_rules"):
-        assert where_runs(module) == "the parent"
+@pytest.mark.parametrize(
+    ("room", "where"),
+    [
+        ("_worker", "a worker"),
+        ("_wire", "both processes"),
+        ("_drivers", "both processes"),
+        ("_forks", "every process"),
+        ("_launch", "the parent"),
+        ("_dispatch", "the parent"),
+        ("_api", "the parent"),
+    ],
+)
+def test_folder_says_in_which_process_its_modules_run(room: str, where: str) -> None:
+    """The folder is the answer to the first question of every reader."""
+    modules = [name for name in TREES if room_of(name) == room]
+    found = {name: where_runs(name) for name in modules}
+    allowed = {where, "both processes"} if where != "the parent" else {where}
+    assert {n: w for n, w in found.items() if w not in allowed} == {}
 
 
 def test_front_door_lists_the_names_and_brings_each() -> None:
@@ -251,16 +217,18 @@ def test_import_of_the_package_loads_its_hooks_alone() -> None:
     output = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     ).stdout.splitlines()
-    assert output[0].split() == ["_collection", "_inheritance"]
-    assert "_database" in output[1].split()
-    assert not {"_dispatcher", "_executor", "_local"} & set(output[1].split())
+    hooks = ["_forks", "_forks.connections", "_forks.gc_pause"]
+    assert output[0].split() == hooks
+    assert "_worker.transaction" in output[1].split()
+    assert not {"_dispatch", "_api", "_launch"} & set(output[1].split())
 
 
 def test_public_modules_are_few() -> None:
     """Everything else begins with an underscore, and no name says nothing."""
-    public = {module for module in TREES if not module.startswith("_")}
+    public = {room for room in ROOMS if not room.startswith("_")}
     assert public <= {"errors", "testing"}
-    assert not {"_utils", "_base", "_helpers", "_common"} & set(TREES)
+    names = {name.split(".")[-1].strip("_") for name in TREES}
+    assert not {"utils", "base", "helpers", "common"} & names
 
 
 def test_package_needs_sqlalchemy_and_nothing_else() -> None:

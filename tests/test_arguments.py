@@ -26,7 +26,7 @@ import jobs
 import programs
 import values
 from dbpool_executor import DBPoolExecutor, WorkerStartError
-from dbpool_executor._arguments import check_count, default_max_workers, factory_of
+from dbpool_executor._api.arguments import check_count, default_max_workers, factory_of
 from processes import MakeExecutor
 from servers import Database
 from waiting import LONGEST
@@ -195,7 +195,7 @@ def test_default_start_method_is_never_fork(tmp_path: Path) -> None:
     """Not after a Queue has fixed the program's, nor where the program chose it."""
     text = (
         "import multiprocessing\n"
-        "from dbpool_executor._arguments import default_context\n"
+        "from dbpool_executor._api.arguments import default_context\n"
         "\n"
         "def default():\n"
         "    return default_context().get_start_method()\n"

@@ -62,7 +62,7 @@ import jobs
 import servers
 import values
 from dbpool_executor import DBPoolExecutor, NotPlainError, Outcome
-from dbpool_executor._boundary import (
+from dbpool_executor._wire.calls import (
     Function,
     dumps_calls,
     dumps_result,
@@ -71,7 +71,7 @@ from dbpool_executor._boundary import (
     pack_call,
     unpack_call,
 )
-from dbpool_executor._picklers import remedy_for
+from dbpool_executor._wire.picklers import remedy_for
 from dbpool_executor.errors import ArgumentsLostError, ResultLostError
 from models import Base, Item
 from servers import Database
@@ -805,7 +805,7 @@ def test_module_that_was_not_imported_is_imported_for_a_call() -> None:
     """A worker comes by the modules of its jobs in this way."""
     calls = dumps_calls([(("jobs", "add"), [(1, 2)])])
     program = (
-        "import sys; from dbpool_executor._boundary import loads_calls, unpack_call\n"
+        "import sys; from dbpool_executor._wire.calls import loads_calls, unpack_call\n"
         "((fn, (call,)),) = loads_calls(sys.stdin.buffer.read())\n"
         "assert fn is None and 'jobs' not in sys.modules\n"
         "fn, args, kwargs = unpack_call(call)\n"

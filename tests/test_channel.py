@@ -23,9 +23,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dbpool_executor._channel import Channel, Kind, Message
-from dbpool_executor._shared_channel import SharedChannel
-from dbpool_executor._streams import make_ends
+from dbpool_executor._forks.ends import make_ends
+from dbpool_executor._wire.channel import Channel, Kind, Message
+from dbpool_executor._worker.shared_channel import SharedChannel
 from waiting import LONGEST
 
 Ends: TypeAlias = tuple[socket.socket, socket.socket]
@@ -383,8 +383,8 @@ def test_messages_survive_a_slow_reader(messages: list[Message]) -> None:
 
 PRELUDE = """
 import os, select
-from dbpool_executor._channel import Channel, Kind, Message
-from dbpool_executor._streams import kept_by_child, make_ends
+from dbpool_executor._wire.channel import Channel, Kind, Message
+from dbpool_executor._forks.ends import kept_by_child, make_ends
 
 mine, theirs = make_ends()
 other, others = make_ends()

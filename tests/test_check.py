@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from sqlalchemy import NullPool, create_engine, make_url
 
-from dbpool_executor._check_rules import (
+from dbpool_executor._tools.check_rules import (
     Bound,
     PoolSize,
     Status,
@@ -27,7 +27,7 @@ from dbpool_executor._check_rules import (
     judged_connections,
     recommended,
 )
-from dbpool_executor._telling import place_of, told_of
+from dbpool_executor._tools.redact import place_of, told_of
 from servers import Database
 from waiting import wait_until
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import Engine, create_engine
 
-from dbpool_executor._collection import counted_as_old
-from dbpool_executor._inheritance import freeze, living
+from dbpool_executor._forks.connections import freeze, living
+from dbpool_executor._forks.gc_pause import counted_as_old
 from waiting import LONGEST
 
 
@@ -55,7 +55,7 @@ def test_what_is_frozen_by_the_package_is_found_all_the_same() -> None:
 def test_what_a_forkserver_has_imported_is_frozen() -> None:
     """So its workers have it in common, and none of them looks for garbage there."""
     program = (
-        "import dbpool_executor._worker, dbpool_executor._preloaded, gc, sqlalchemy\n"
+        "import dbpool_executor._worker.main, dbpool_executor._launch.last_preload, gc, sqlalchemy\n"
         "print(gc.isenabled(), any(o is vars(sqlalchemy) for o in gc.get_objects()))"
     )
     done = subprocess.run(

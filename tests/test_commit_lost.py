@@ -335,7 +335,7 @@ def test_server_that_does_not_come_back_leaves_it_unknown(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The question is given up after a while."""
-    monkeypatch.setattr("dbpool_executor._resolution._PATIENCE", 0.5)
+    monkeypatch.setattr("dbpool_executor._worker.lookup._PATIENCE", 0.5)
     forked = multiprocessing.get_context("fork")  # a worker that inherits the above
     with between(database) as (proxy, make_engine):
         executor = make_executor(make_engine, 1, forked)

@@ -26,8 +26,8 @@ from dbpool_executor import (
     OutcomeUnknownError,
     WorkerDiedError,
 )
-from dbpool_executor._exceptions import dumps_exception, loads_exception, set_cause
-from dbpool_executor._places import full_name
+from dbpool_executor._wire.exceptions import dumps_exception, loads_exception, set_cause
+from dbpool_executor._wire.locate import full_name
 from dbpool_executor.errors import WorkerTraceback
 from models import Item
 from waiting import LONGEST
@@ -330,7 +330,7 @@ def test_search_for_what_does_not_pickle_ends(
     # In a process of its own: what fails here does not come to an end.
     text = (
         "import values\n"
-        "from dbpool_executor._exceptions import dumps_exception, loads_exception\n"
+        "from dbpool_executor._wire.exceptions import dumps_exception, loads_exception\n"
         f"print(loads_exception(dumps_exception(values.{make.__name__}())))\n"
     )
     with programs.running(tmp_path / "program.py", text) as program:

@@ -277,7 +277,10 @@ PRELOADS = {
     "without the package": ["preloaded"],
     "before the package": ["preloaded", "dbpool_executor"],
     "after the package": ["dbpool_executor", "preloaded"],
-    "before what ends our preloads": ["preloaded", "dbpool_executor._preloaded"],
+    "before what ends our preloads": [
+        "preloaded",
+        "dbpool_executor._launch.last_preload",
+    ],
 }
 
 

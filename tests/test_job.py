@@ -24,14 +24,14 @@ from typing import Any, NoReturn
 import pytest
 
 import jobs
-from dbpool_executor import _job
-from dbpool_executor._boundary import Call, Name, dumps_result, loads_calls
-from dbpool_executor._channel import Kind, Message
-from dbpool_executor._dispatcher import Dispatcher
-from dbpool_executor._exceptions import dumps_exception
-from dbpool_executor._groups import _GROUP_BYTES, messages_for, next_jobs
-from dbpool_executor._job import Job, Told, end_unasked, read, taken
-from dbpool_executor._options import DEFAULTS, loads_options
+from dbpool_executor._dispatch import job as _job
+from dbpool_executor._dispatch.batches import _GROUP_BYTES, messages_for, next_jobs
+from dbpool_executor._dispatch.dispatcher import Dispatcher
+from dbpool_executor._dispatch.job import Job, Told, end_unasked, read, taken
+from dbpool_executor._wire.calls import Call, Name, dumps_result, loads_calls
+from dbpool_executor._wire.channel import Kind, Message
+from dbpool_executor._wire.exceptions import dumps_exception
+from dbpool_executor._wire.options import DEFAULTS, loads_options
 from dbpool_executor.errors import ResultLostError, WorkerStartError
 from waiting import LONGEST, wait_until
 

@@ -18,8 +18,8 @@ import pytest
 import jobs
 import logging_jobs
 from dbpool_executor import JobTimeoutError, WorkerDiedError
-from dbpool_executor._alarm import Alarm, JobInterrupt
-from dbpool_executor._forwarder import Forwarder
+from dbpool_executor._worker.log_forwarding import Forwarder
+from dbpool_executor._worker.timeout import Alarm, JobInterrupt
 from processes import MakeExecutor
 from servers import Database
 from waiting import LONGEST

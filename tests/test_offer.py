@@ -23,11 +23,11 @@ import pytest
 import faults
 import jobs
 from dbpool_executor import DBPoolExecutor, ResultLostError, WorkerDiedError
-from dbpool_executor._channel import Channel, Kind, Message, frame
-from dbpool_executor._job import Job
-from dbpool_executor._offer import Offer
-from dbpool_executor._options import DEFAULTS
-from dbpool_executor._streams import make_ends
+from dbpool_executor._dispatch.fast_lane import Offer
+from dbpool_executor._dispatch.job import Job
+from dbpool_executor._forks.ends import make_ends
+from dbpool_executor._wire.channel import Channel, Kind, Message, frame
+from dbpool_executor._wire.options import DEFAULTS
 from processes import MakeExecutor, dispatchers
 from servers import Database
 from values import Box

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import values
-from dbpool_executor._boundary import dumps_result, pack_call
-from dbpool_executor._places import full_name, innermost, place_of
+from dbpool_executor._wire.calls import dumps_result, pack_call
+from dbpool_executor._wire.locate import full_name, innermost, place_of
 from dbpool_executor.errors import NotPlainError
 from models import Item
 from values import (

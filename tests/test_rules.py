@@ -11,8 +11,7 @@ from itertools import product
 
 import pytest
 
-from dbpool_executor._phase import WORDS, Phase, PhaseRecord, Progress
-from dbpool_executor._rules import (
+from dbpool_executor._dispatch.pace import (
     START_ATTEMPTS,
     delay_after_failed_start,
     delay_before_repeat,
@@ -20,13 +19,14 @@ from dbpool_executor._rules import (
     is_taken_back,
     jobs_to_send,
     moving_average,
-    outcome_at_end,
     seconds_to_nap,
     seconds_until_due,
     share_of_each,
     updated_estimate,
     workers_to_start,
 )
+from dbpool_executor._dispatch.verdict import outcome_at_end
+from dbpool_executor._wire.phase import WORDS, Phase, PhaseRecord, Progress
 from dbpool_executor.errors import Outcome
 
 

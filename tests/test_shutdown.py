@@ -326,7 +326,7 @@ def test_worker_that_does_not_leave_is_killed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A dispose that never returns does not keep the program from ending."""
-    monkeypatch.setattr("dbpool_executor._workers.LEAVE_GRACE", 0.1)
+    monkeypatch.setattr("dbpool_executor._dispatch.fleet.LEAVE_GRACE", 0.1)
     executor = DBPoolExecutor(
         sqlite_database.make_engine, 1, context, initializer=faults.never_leave
     )
@@ -345,7 +345,7 @@ def test_job_may_take_longer_than_a_worker_may_to_leave(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Shutdown waits for a running job however long it takes."""
-    monkeypatch.setattr("dbpool_executor._workers.LEAVE_GRACE", 0.0)
+    monkeypatch.setattr("dbpool_executor._dispatch.fleet.LEAVE_GRACE", 0.0)
     executor = make_executor(sqlite_database.make_engine, 1)
     held = executor.submit(jobs.insert_at_gate, "held", gate.address)
     waiting = executor.submit(jobs.wait_at_gate, gate.address)
@@ -535,7 +535,8 @@ import multiprocessing
 import signal
 
 import jobs
-from dbpool_executor import DBPoolExecutor, _executor
+from dbpool_executor import DBPoolExecutor
+from dbpool_executor._api import executor as _executor
 
 _executor.INTERRUPT_GRACE = {grace!r}
 

@@ -331,7 +331,8 @@ import multiprocessing
 import signal
 
 import jobs
-from dbpool_executor import DBPoolExecutor, _executor
+from dbpool_executor import DBPoolExecutor
+from dbpool_executor._api import executor as _executor
 
 _executor.INTERRUPT_GRACE = 600.0
 

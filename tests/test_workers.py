@@ -16,17 +16,18 @@ from typing import Any, cast
 import pytest
 
 import jobs
-from dbpool_executor import WorkerDiedError, _dispatcher
-from dbpool_executor._answers import AnswerReader, AnswerWriter
-from dbpool_executor._boundary import dumps_result, loads_calls
-from dbpool_executor._channel import Channel, Kind, Message, frame
-from dbpool_executor._dispatcher import Dispatcher
-from dbpool_executor._job import Job
-from dbpool_executor._local import LocalWorker
-from dbpool_executor._options import DEFAULTS
-from dbpool_executor._phase import RECALL_DELAY, WORDS, PhaseRecord, Progress
-from dbpool_executor._streams import make_ends, make_pipe
-from dbpool_executor._workers import Worker, Workers
+from dbpool_executor import WorkerDiedError
+from dbpool_executor._dispatch import dispatcher as _dispatcher
+from dbpool_executor._dispatch.dispatcher import Dispatcher
+from dbpool_executor._dispatch.fleet import Worker, Workers
+from dbpool_executor._dispatch.job import Job
+from dbpool_executor._forks.ends import make_ends, make_pipe
+from dbpool_executor._launch.local import LocalWorker
+from dbpool_executor._wire.calls import dumps_result, loads_calls
+from dbpool_executor._wire.channel import Channel, Kind, Message, frame
+from dbpool_executor._wire.options import DEFAULTS
+from dbpool_executor._wire.phase import RECALL_DELAY, WORDS, PhaseRecord, Progress
+from dbpool_executor._wire.short_answers import AnswerReader, AnswerWriter
 
 
 class Body:

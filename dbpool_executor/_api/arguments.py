@@ -1,0 +1,172 @@
+"""Checks what an executor is made with, so that bad input fails at once.
+
+Runs in the parent.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
+from multiprocessing.context import BaseContext
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
+
+from sqlalchemy import URL, Engine, create_engine, make_url
+
+from .._wire.calls import pack_call
+from .._wire.locate import asyncio_classes, full_name
+from .._wire.picklers import by_value_pickler, is_interactive, with_code
+from ..errors import NotPlainError
+
+_FORMS = (
+    "pass a URL, or a function that is defined at the top level of a module:\n\n"
+    "    def make_engine():\n"
+    "        return create_engine(url)\n\n"
+    "    DBPoolExecutor(make_engine)"
+)
+
+
+def factory_of(
+    engine_factory: Callable[[], Engine] | str | URL,
+) -> Callable[[], Engine]:
+    """Give the callable that an executor's first argument stands for.
+
+    Args:
+        engine_factory: A callable, or a URL that stands for ``create_engine(url)``.
+
+    Raises:
+        TypeError: It is an Engine, cannot be called, or does not pickle.
+        ValueError: The URL names an asynchronous driver.
+        sqlalchemy.exc.ArgumentError: The URL cannot be parsed.
+    """
+    if isinstance(engine_factory, (Engine, *asyncio_classes("AsyncEngine"))):
+        raise TypeError(
+            f"engine_factory is {engine_factory!r}, whose connections cannot cross "
+            f"into a worker; {_FORMS}"
+        )
+    if isinstance(engine_factory, (str, URL)):
+        url = make_url(engine_factory)
+        if url.get_dialect().is_async:
+            raise ValueError(
+                f"engine_factory is the URL {url!r}, whose driver is asynchronous; a "
+                "job runs without an event loop: name a synchronous driver"
+            )
+        return partial(create_engine, url)
+    if not callable(engine_factory):
+        raise TypeError(
+            f"engine_factory is a {full_name(type(engine_factory))}, which cannot be "
+            f"called; {_FORMS}"
+        )
+    check_pickles("engine_factory", engine_factory)
+    return engine_factory
+
+
+def check_pickles(name: str, value: object) -> None:
+    """Refuse what could not be sent to a worker.
+
+    Raises:
+        TypeError: It does not pickle.
+    """
+    try:
+        with_code(value, ForkingPickler.dumps)
+    except RuntimeError:
+        # multiprocessing's locks and queues pickle only while a process is started.
+        return
+    except Exception as exc:
+        raise TypeError(
+            f"{name} is a {full_name(type(value))} that does not pickle and so cannot "
+            f"be sent to a worker ({exc}); "
+            f"{_PICKLES if name == 'engine_factory' else _TOP_LEVEL}"
+        ) from exc
+
+
+_PICKLES = f"{_FORMS}\n\nor install dbpool-executor[cloudpickle]"
+_TOP_LEVEL = (
+    "define it at the top level of a module that the worker can import, or install "
+    "dbpool-executor[cloudpickle]"
+)
+
+
+def check_reachable(name: str, value: object) -> None:
+    """Refuse what workers would look for in a main module that they cannot import.
+
+    Raises:
+        TypeError: It is a function or class of a notebook, of the prompt or of
+            ``python -c``, and cloudpickle is not installed.
+    """
+    if by_value_pickler(calls=True) is not None or not is_interactive():
+        return
+    with suppress(RuntimeError):  # as in check_pickles()
+        if b"__main__" in bytes(ForkingPickler.dumps(value)):
+            raise TypeError(
+                f"{name} is made of something that is defined in a main module which "
+                f"workers cannot import; {_TOP_LEVEL}"
+            )
+
+
+def check_session_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Refuse what would tie a worker's sessions to another engine than its own.
+
+    Raises:
+        TypeError: They name an engine or a connection.
+    """
+    try:
+        pack_call(dict, (), dict(options))
+    except NotPlainError as exc:
+        place = exc.place.replace("kwargs", "session_options", 1)
+        raise TypeError(
+            f"{place} is a {exc.type_name}; leave it out, the sessions of a worker use "
+            "what the engine factory makes there"
+        ) from None
+    except Exception:  # noqa: S110 - under fork it need not pickle
+        pass
+    return dict(options)
+
+
+def check_context(context: object) -> BaseContext:
+    """Refuse what is not a context of multiprocessing.
+
+    Raises:
+        TypeError: It is something else, such as the name of a start method.
+    """
+    if not isinstance(context, BaseContext):
+        raise TypeError(
+            f"mp_context is {context!r}; pass multiprocessing.get_context(name) for a "
+            "start method, or leave it out"
+        )
+    return context
+
+
+def check_count(name: str, value: object) -> int:
+    """Refuse what is not a number of things.
+
+    Raises:
+        TypeError: It is not an integer.
+        ValueError: It is below 1.
+    """
+    if not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, not {full_name(type(value))}")
+    if value < 1:
+        raise ValueError(f"{name} must be greater than 0, not {value}")
+    return value
+
+
+def default_max_workers() -> int:
+    """Give the number of processors that this process may use."""
+    count: Callable[[], int | None] = getattr(os, "process_cpu_count", os.cpu_count)
+    return count() or 1
+
+
+def default_context() -> BaseContext:
+    """Give the start method that inherits least.
+
+    Never fork, which a program's default can have become without anyone choosing it:
+    before Python 3.14 the first ``multiprocessing.Queue()`` fixes it.
+    """
+    methods = multiprocessing.get_all_start_methods()
+    chosen = multiprocessing.get_start_method(allow_none=True)
+    spawns = chosen == "spawn" or "forkserver" not in methods
+    return multiprocessing.get_context("spawn" if spawns else "forkserver")

@@ -1,0 +1,608 @@
+"""The one thread that talks to workers.
+
+Runs in the parent. Callers reach it by what they append, and by a byte that wakes it;
+it sends the jobs that wait to idle workers, and settles the futures of those answered.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import selectors
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+
+from .._forks import process_id
+from .._forks.ends import make_ends
+from .._launch.local import LocalWorker
+from .._wire.calls import Call, Name, pack_call
+from .._wire.channel import Kind, Message
+from .._wire.logs import handle_record
+from .._wire.options import DEFAULTS, JobOptions
+from .._worker.main import outcome_of_transaction
+from ..errors import DBPoolError, Outcome, OutcomeUnknownError, WorkerDiedError
+from . import pace
+from .fast_lane import Offers
+from .fleet import Worker, Workers
+from .interpreter_exit import at_exit
+from .job import Job, Told, end_unasked, read
+from .retries import Repeats
+from .stats import Stats
+from .verdict import Ending, resolved_error
+
+_FAILURE_PARTS = 3
+_WAY_SECONDS = 5e-5  # for which a caller gives way
+_WAY_EVERY = 5e-4  # seconds, at most, to a thread that is late
+_NOTICE_SECONDS = 0.2  # after which a lost Ctrl-C is noticed
+_LONG_PICKLE = 1 << 20  # bytes, which may be hundreds of thousands of objects
+
+log = logging.getLogger("dbpool_executor")
+
+
+class Dispatcher:
+    """Sends waiting jobs to workers and settles their futures.
+
+    Args:
+        start_worker: Starts one worker.
+        prepare: Called once, in a caller's thread, before the first worker starts.
+        max_workers: Upper bound on workers.
+        max_jobs: Jobs after which a worker is replaced; None for no bound.
+        forks: Whether to start all workers at the first job, before there is a thread
+            of ours that could hold a lock which a forked worker would inherit.
+    """
+
+    def __init__(
+        self,
+        start_worker: Callable[[], LocalWorker],
+        prepare: Callable[[], None],
+        max_workers: int,
+        max_jobs: int | None,
+        *,
+        forks: bool,
+    ) -> None:
+        self._prepare = prepare
+        self._at_once = max_workers if forks else 0
+        self._pid = os.getpid()
+        # Guards the begin, the flags of a shutdown, and what callers do with an offer. Not
+        # what is queued: to take it and let go of it was a fifth of submit(). Never held
+        # while callbacks run.
+        self._lock = threading.RLock()
+        self._waiting: deque[Job] = deque()  # appended to by callers
+        self._is_open = False  # the thread has begun, and nothing is known against it
+        # Whether the thread looks at what waits no more, or is about to find that out.
+        self._has_ended = False
+        self._closing = False
+        self._cancelling = False
+        self._sparing = False  # what a worker would have by now
+        self._signal: Callable[[LocalWorker], None] | None = None
+        self._thread: threading.Thread | None = None
+        # True while the thread sleeps and a new job would be something to do.
+        self._listening = False
+        # When the thread has something to do for the workers, on time.monotonic(): 0
+        # while it does it, infinite while it waits for a job; and then how many seconds
+        # after that.
+        self._due = math.inf
+        self._until_due = 0.0
+        self._bell, self._ear = make_ends()
+        self._bell.setblocking(False)
+        self._ear.setblocking(False)
+        # From here on the thread's own.
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._ear, selectors.EVENT_READ)
+        # While it sleeps: what callers may do without it.
+        self._offers = Offers(self._lock, self._selector, self._wake)
+        self._workers = Workers(start_worker, max_workers, max_jobs, self._selector)
+        self._postponed: set[Worker] = set()  # whose answers another's made wait
+        self._told_jobs: list[Job] = []  # to be settled
+        self._told: list[Told] = []  # what each of them ends by
+        self._repeats = Repeats()
+        self._killed = False  # no job will be sent again
+        self._done = self._failed = self._retried = 0
+
+    # -- Called by other threads --------------------------------------------------
+
+    def add(self, name: Name | None, call: Call, options: JobOptions) -> Job:
+        """Queue a job; the first one starts the thread.
+
+        Args:
+            name: Of the function that it calls, as :func:`pack_call` gives it.
+            call: As well.
+            options: How it is run.
+
+        Raises:
+            WorkerStartError: The executor is broken.
+            RuntimeError: It was shut down, or this is a forked copy of its process.
+        """
+        # Before any lock: in a copy, a thread that is not there may hold it for ever.
+        if self._pid != (process_id.known_pid or os.getpid()):
+            self.check_owner()
+        if not self._is_open:
+            self._open()
+        job = Job(name, call, options)
+        if self._offers.standing is None:
+            self._waiting.append(job)
+        elif self._take_offer(job):
+            return job
+        # Looked at last, against _is_over() and _abandon(), which set it first.
+        if self._has_ended and job.refuse():
+            self._is_open = False
+            self.check_open()
+        if self._listening:
+            self._due = time.monotonic() + self._until_due
+            self._wake()
+        # The thread is in a call to the system, or about to wake. It would have to wait
+        # for the interpreter, 5 ms by default, if this one submitted on and on.
+        if (now := time.monotonic()) >= self._due:
+            if self._due:
+                self._due = now + _WAY_EVERY
+            time.sleep(_WAY_SECONDS)
+        return job
+
+    def _open(self) -> None:
+        with self._lock:
+            self.check_open()
+            if self._thread is None:
+                self._begin()
+            at_exit.closes(self)
+            self.check_open()  # workers that are forked may all have failed to start
+            self._is_open = True
+
+    def _take_offer(self, job: Job) -> bool:
+        """Send a job to the worker that is offered, if it may have it, or queue it.
+
+        Returns:
+            Whether the worker has it.
+        """
+        with self._lock:
+            offer = self._offers.standing
+            if offer is None:
+                self._waiting.append(job)
+                return False
+            if job.options.timeout is not None or not offer.take(job):
+                offer.is_open = False  # a later job must not overtake this one
+                self._waiting.append(job)
+                return False
+            job.read_answer = self._offers.read_answer
+        if offer.unsent != b"":
+            self._wake()
+        return True
+
+    def check_open(self) -> None:
+        """Raise as :meth:`add` would in the process that made the executor."""
+        if self._workers.failure is not None:
+            raise self._workers.failure.error()
+        if self._closing:
+            raise RuntimeError("cannot schedule new futures after shutdown")
+        if at_exit.has_begun:
+            raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    def is_copy(self) -> bool:
+        """Say whether this is a forked copy of the process that made the executor."""
+        return self._pid != os.getpid()
+
+    def check_owner(self) -> None:
+        """Refuse to work in a forked copy.
+
+        Raises:
+            RuntimeError: This is such a copy.
+        """
+        if self.is_copy():
+            raise RuntimeError(
+                "this executor belongs to the process that made it, and this is a "
+                "forked copy of that process; make a new executor here"
+            )
+
+    def shutdown(self, *, cancel: bool, spare: bool = False) -> None:
+        """Take no more jobs, and end once those taken are answered.
+
+        Args:
+            cancel: Whether to cancel the jobs that have not been sent.
+            spare: Whether to do those all the same that wait only for their worker to
+                start.
+        """
+        self.check_owner()
+        with self._lock:
+            self._sparing = cancel and spare and not self._cancelling
+            self._cancelling = self._cancelling or cancel
+            self.close()
+
+    def close(self) -> None:
+        """Do as :meth:`shutdown` does, where nobody is left to submit.
+
+        Takes no lock: garbage collection may call it anywhere.
+        """
+        if self.is_copy():
+            return
+        self._closing = True
+        self._is_open = False
+        if self._thread is None:
+            self._free()
+        else:
+            self._wake()
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait until the thread has ended; at once when called from that thread.
+
+        Args:
+            timeout: Seconds to wait at most; None for no bound.
+        """
+        thread = self._thread
+        if thread is None or thread is threading.current_thread():
+            return
+        end = math.inf if timeout is None else time.monotonic() + timeout
+        # Again and again: a Ctrl-C that comes when this thread has let go of the
+        # interpreter, and does not sleep yet, is raised only when it wakes.
+        while thread.is_alive() and (left := end - time.monotonic()) > 0:
+            thread.join(min(left, _NOTICE_SECONDS))
+
+    def signal_workers(self, send: Callable[[LocalWorker], None]) -> None:
+        """End all workers now, whatever they do, and cancel what waits.
+
+        Args:
+            send: What to do with each.
+        """
+        self._signal = send
+        self.shutdown(cancel=True)
+
+    def health(self) -> str:
+        """Say in a word what state it is in."""
+        if self.is_copy():
+            return "copied"
+        if self._workers.failure is not None:
+            return "broken"
+        return "shut down" if self._closing else "open"
+
+    def stats(self) -> Stats:
+        """Count workers and jobs; a snapshot."""
+        workers, idle = len(self._workers.all), len(self._workers.idle)
+        busy, done = self._workers.count_busy(), self._done
+        if (offer := self._offers.standing) is not None:
+            busy += offer.taken is not None
+            done += offer.answered
+        return Stats(
+            workers=workers,
+            idle=min(idle, workers - busy),
+            # A job that came too late is left there.
+            queued=0 if self._has_ended else len(self._waiting) + len(self._repeats),
+            running=busy,
+            done=done,
+            failed=self._failed,
+            retried=self._retried,
+            died=self._workers.died,
+            replaced=self._workers.replaced,
+        )
+
+    def _wake(self) -> None:
+        self._listening = False
+        try:  # noqa: SIM105 - a call between the two, and Ctrl-C could divide them
+            self._bell.send(b"\0")
+        except OSError:
+            pass  # a byte is there already, or the thread has ended
+
+    def _begin(self) -> None:
+        self._prepare()
+        for _ in range(self._at_once):
+            self._workers.start_one()
+        # Not a daemon: the exit of the interpreter closes it and waits for it.
+        thread = threading.Thread(target=self._run, name="DBPoolDispatcher")
+        thread.start()
+        self._thread = thread
+
+    # -- The thread -----------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._is_over():
+                self._act()
+                self._wait()
+        except BaseException:
+            log.critical("the dispatcher failed, its jobs are lost", exc_info=True)
+            self._abandon()
+        finally:
+            self._free()
+
+    def _is_ending(self) -> bool:
+        return self._closing or self._workers.failure is not None
+
+    def _is_over(self) -> bool:
+        if not self._is_ending() or self._workers.all:
+            return False
+        if self._told or self._repeats:
+            return False
+        # Set first, then looked for what waits, against add(), which appends a job first
+        # and then looks at this: at least one of the two sees the other.
+        self._has_ended = True
+        self._has_ended = not self._waiting
+        return self._has_ended
+
+    def _act(self) -> None:
+        """Do all that can be done without waiting."""
+        workers = self._workers
+        if self._signal is not None:
+            send, self._signal = self._signal, None
+            self._killed = True
+            for worker in workers.all.values():
+                send(worker.body)
+        if self._repeats:
+            self._waiting += self._repeats.due()
+        if workers.failure is not None:
+            self._is_open = False
+        if self._cancelling or workers.failure is not None:
+            self._drop_waiting()
+        self._waiting.extendleft(reversed(workers.take_back(len(self._waiting))))
+        if self._waiting:
+            workers.send_from(self._waiting)
+            for _ in range(workers.starts_due(len(self._waiting))):
+                workers.start_one()
+        if self._is_ending() and not (self._waiting or self._repeats):
+            workers.tell_all_to_leave()
+
+    def _wait(self) -> None:
+        workers = self._workers
+        # A busy worker is sent more when it answers: what is submitted until then adds
+        # up to a full message.
+        is_listening = self._listening = bool(workers.idle) or workers.has_room
+        timeout = self._seconds_to_wait()
+        if self._listening and timeout != 0.0 and not self._closing:
+            self._offers.standing = workers.offer()
+        # Last: whoever is woken needs the interpreter, which is let go of only now.
+        self._due = math.inf
+        self._settle()
+        # Not self._listening: it may have been woken meanwhile, and is not to nap then.
+        nap = workers.seconds_to_nap(len(self._waiting), is_listening=is_listening)
+        self._until_due = pace.seconds_until_due(
+            nap=nap,
+            seconds_per_job=workers.usual_seconds,
+            is_listening=is_listening,
+        )
+        if not is_listening:
+            self._due = time.monotonic() + self._until_due
+        if nap:
+            time.sleep(nap)
+        events = self._selector.select(0.0 if self._told else timeout)
+        if self._postponed:
+            # Else the worker that answers fastest would always be the first.
+            events.sort(key=lambda event: event[0].data not in self._postponed)
+            self._postponed.clear()
+        self._due = 0.0
+        self._listening = False
+        withdrawn = self._withdraw()
+        if self._sparing:
+            # Before the answers that came meanwhile: by those it would spare too many.
+            self._sparing = False
+            self._spare(workers.wanting(len(self._waiting)))
+        if withdrawn is not None:
+            self._take_in(*withdrawn)
+        is_long_told = False
+        for key, mask in events:
+            worker: Worker | None = key.data
+            if worker is None:
+                with suppress(BlockingIOError):
+                    self._ear.recv(4096)
+                continue
+            if is_long_told and not worker.body.channel.is_between_messages:
+                # That is settled before the rest of another long one is read: a worker
+                # that waits for it leaves this thread a processor.
+                self._postponed.add(worker)
+                continue
+            if key.fileobj is worker.body.answers:
+                self._receive_answers(worker)
+                continue
+            if mask & selectors.EVENT_WRITE:
+                workers.watch(worker, sent=worker.body.channel.flush())
+            if mask & selectors.EVENT_READ:
+                self._receive(worker)
+                if self._told and _may_take_long(self._told[-1]):
+                    is_long_told = True
+        workers.kill_overdue(self._postponed)
+
+    def _withdraw(self) -> tuple[Worker, list[Message]] | None:
+        """Take back what was offered.
+
+        Returns:
+            The worker that a caller had and what that has read from it; None if nothing.
+        """
+        offer = self._offers.withdraw()
+        if offer is None:
+            return None
+        worker = self._workers.withdraw(offer)
+        self._done += offer.answered
+        if offer.told is not None:  # the caller was interrupted, or is about to do it
+            self._done -= 1  # it is among those answered
+            self._tell(*offer.told)
+        # At the end of the stream the selector tells of it again.
+        data = b"".join(offer.inbox)
+        return (worker, worker.body.channel.take_in(data)) if data else None
+
+    def _seconds_to_wait(self) -> float | None:
+        workers = self._workers
+        # Looked at again now that the flag is up: what came in between rang no bell.
+        waiting = len(self._waiting)
+        if waiting and (workers.idle or workers.failure or workers.starts_due(waiting)):
+            return 0.0
+        if self._is_ending() and not (workers.all or self._repeats):
+            return 0.0
+        times = workers.seconds_to_deadline(waiting), self._repeats.seconds_until_due()
+        return min((seconds for seconds in times if seconds is not None), default=None)
+
+    def _receive(self, worker: Worker) -> None:
+        try:
+            messages = worker.body.channel.receive()
+        except EOFError:
+            self._receive_answers(worker)
+            self._note_ending(self._workers.bury(worker))
+            return
+        self._take_in(worker, messages)
+
+    def _receive_answers(self, worker: Worker) -> None:
+        worker.body.answers.read()
+        self._workers.note_answers(worker, *self._take_answers(worker), 0)
+
+    def _take_answers(self, worker: Worker) -> tuple[int, int]:
+        """Take the short answers that were read, up to one for a later job.
+
+        Returns:
+            How many, and the nanoseconds that they have taken.
+        """
+        answers = worker.body.answers
+        jobs = worker.sent[: answers.count]
+        if not jobs:
+            return 0, 0
+        told, nanoseconds = answers.take([job.number for job in jobs])
+        self._told_jobs += jobs[: len(told)]
+        self._told += told
+        del worker.sent[: len(told)]
+        return len(told), nanoseconds
+
+    def _take_in(self, worker: Worker, messages: list[Message]) -> None:
+        # All short ones that were given before these are there by now.
+        worker.body.answers.read()
+        answered, nanoseconds = self._take_answers(worker)
+        returned: list[Job] = []
+        for message in messages:
+            kind, _, number = message
+            if kind is Kind.RESULT:
+                self._tell(worker.sent.pop(0), message)
+                answered += 1
+                nanoseconds += number
+            elif kind is Kind.FAILURE:
+                job = worker.sent.pop(0)
+                answered += 1
+                nanoseconds += number
+                # A fourth part says that it may succeed when it is repeated.
+                if len(message.parts) > _FAILURE_PARTS:
+                    self._repeat_or_settle(job, message)
+                else:
+                    self._end(job, message)
+            elif kind is Kind.LOG:
+                handle_record(message.parts[0])
+            elif kind is Kind.RETURNED:
+                # If it is not that job, the job was taken off the worker's list before.
+                if worker.sent and worker.sent[0].number == number:
+                    returned.append(worker.sent.pop(0))
+            elif kind is Kind.READY:
+                self._workers.note_ready(worker)
+            elif kind is Kind.NOTE:
+                self._workers.take_note(bytes(message.parts[0]).decode())
+            elif kind is Kind.START_FAILURE:
+                worker.start_failure = message.parts
+            if worker.body.answers.count:
+                more, longer = self._take_answers(worker)
+                answered += more
+                nanoseconds += longer
+        self._waiting.extendleft(reversed(returned))
+        self._workers.note_answers(worker, answered, nanoseconds, len(returned))
+
+    def _note_ending(self, ending: Ending) -> None:
+        self._waiting.extendleft(reversed(ending.again))
+        job, error = ending.job, ending.error
+        if job is None or error is None:
+            return
+        if isinstance(error, WorkerDiedError) and error.outcome is Outcome.ROLLED_BACK:
+            self._repeat_or_settle(job, error)
+        elif ending.xid and error.outcome is Outcome.UNKNOWN:
+            self._resolve(job, error, ending.xid)
+        else:
+            self._end(job, error)
+
+    def _end(self, job: Job, told: Message | DBPoolError) -> None:
+        job.attempts += 1
+        self._tell(job, told)
+
+    def _tell(self, job: Job, told: Told) -> None:
+        self._told_jobs.append(job)
+        self._told.append(told)
+
+    def _repeat_or_settle(self, job: Job, told: Message | DBPoolError) -> None:
+        if job.attempts >= job.options.retries or self._killed:
+            self._end(job, told)
+            return
+        job.attempts += 1
+        self._retried += 1
+        self._repeats.add(job, told)
+
+    def _resolve(self, job: Job, error: DBPoolError, xid: int) -> None:
+        """Have another worker ask the server what became of a transaction."""
+
+        def settle(asked: Future[Outcome]) -> None:
+            outcome = Outcome.UNKNOWN
+            if not asked.cancelled() and asked.exception() is None:
+                outcome = asked.result()
+                self._done -= 1  # the question is no job of the user's
+            self._end(job, resolved_error(error, outcome))
+
+        asked = Job(*pack_call(outcome_of_transaction, (xid,), {}), DEFAULTS)
+        asked.add_done_callback(settle)
+        self._waiting.appendleft(asked)
+
+    def _settle(self) -> None:
+        if not self._told:
+            return
+        jobs, self._told_jobs = self._told_jobs, []
+        told, self._told = self._told, []
+        results, errors = read(jobs, told)
+        self._failed += len(errors)
+        self._done += len(results) - len(errors)
+        # Whoever is woken wants the interpreter: last, when all else is done.
+        for job, result in end_unasked(jobs, results):
+            job.end(result, errors.get(job))
+
+    def _spare(self, count: int) -> None:
+        """Let the first jobs not be cancelled any more."""
+        for job in self._waiting.copy():  # one that came late may be appended
+            if not count:
+                break
+            count -= job.take()
+
+    def _drop_waiting(self) -> None:
+        """Cancel what waits, or fail it where it cannot be cancelled any more."""
+        failure = self._workers.failure
+        if self._killed or failure is not None:
+            for job, told in self._repeats.give_up():
+                self._tell(job, told)
+        kept = []
+        while self._waiting:
+            job = self._waiting.popleft()
+            if failure is not None:
+                if job.take():
+                    self._tell(job, failure.error())
+            elif job.drop():
+                pass
+            elif self._killed:
+                lost = WorkerDiedError(None, None, Outcome.NEVER_STARTED)
+                self._tell(job, lost)
+            else:
+                kept.append(job)
+        self._waiting.extend(kept)
+
+    def _abandon(self) -> None:
+        """Leave no future pending and no worker behind, after a fault of our own."""
+        self._closing = True
+        self._is_open = False
+        self._has_ended = True  # who sees it asks for the reason, and finds it
+        self._killed = True
+        self._withdraw()
+        self._drop_waiting()
+        for worker in self._workers.all.values():
+            worker.body.kill()
+            worker.body.bury()
+            for job in worker.sent:
+                error = OutcomeUnknownError("the executor's own thread failed")
+                self._tell(job, error)
+        self._settle()
+
+    def _free(self) -> None:
+        self._offers.close()
+        self._selector.close()
+        self._bell.close()
+        self._ear.close()
+
+
+def _may_take_long(told: Told) -> bool:
+    """Say whether it may take milliseconds to unpickle an answer."""
+    return isinstance(told, Message) and len(told.parts[0]) > _LONG_PICKLE

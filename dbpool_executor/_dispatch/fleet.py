@@ -1,0 +1,473 @@
+"""The workers of one executor: who is idle, who starts, who leaves, who died.
+
+Runs in the parent, in the dispatcher's thread.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import math
+import selectors
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from .._launch.local import LocalWorker
+from .._wire.calls import Buffer
+from .._wire.exceptions import dumps_exception, loads_exception, set_cause
+from .._wire.phase import RECALL_DELAY
+from ..errors import Outcome, WorkerDiedError, WorkerStartError, describe_exit
+from . import pace, verdict
+from .batches import messages_for, next_jobs
+from .fast_lane import Offer
+from .job import Job
+
+log = logging.getLogger("dbpool_executor")
+
+LEAVE_GRACE = 5.0
+"""Seconds for a worker that has only to leave to dispose its engine and end."""
+
+
+class Failure(NamedTuple):
+    """Why workers cannot start: in words, and as an exception to be rebuilt."""
+
+    text: str
+    attempts: int
+    parts: Sequence[Buffer] | None
+
+    def error(self) -> WorkerStartError:
+        """Make an error object, so that each future has its own."""
+        error = WorkerStartError(self.text, self.attempts)
+        if self.parts is not None:
+            set_cause(error, loads_exception(self.parts))
+        return error
+
+
+class State(enum.Enum):
+    """The life of a worker."""
+
+    STARTING = "starting"
+    READY = "ready"
+    LEAVING = "leaving"  # was told that no more jobs will come
+
+
+class Recall(NamedTuple):
+    """That jobs were taken back: up to which number, and when on time.monotonic()."""
+
+    number: int
+    at: float
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """A worker and what is known of it."""
+
+    body: LocalWorker
+    state: State = State.STARTING
+    sent: list[Job] = field(default_factory=list)  # in order, not yet answered
+    last_number: int = 0  # of the jobs sent to it in its life, those taken back too
+    answered: int = 0  # jobs in its life
+    since: float = 0.0  # on time.monotonic(): its first job was not begun before it
+    received: int = 0  # bytes of answers, when it was last looked at
+    recalled: Recall | None = None  # since it has answered last
+    has_unsent: bool = False  # its channel did not take all
+    is_overdue: bool = False  # it is killed for the timeout of its job
+    start_failure: Sequence[Buffer] | None = None
+
+
+class Workers:
+    """All workers of one executor.
+
+    Args:
+        start: Starts one worker.
+        most: Upper bound on workers that may get jobs.
+        max_jobs: Jobs after which a worker is replaced; None for no bound.
+        selector: Where what they answer by is registered, with its Worker as data.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[], LocalWorker],
+        most: int,
+        max_jobs: int | None,
+        selector: selectors.BaseSelector,
+    ) -> None:
+        self._start = start
+        self._most = most
+        self._max_jobs = max_jobs
+        self._selector = selector
+        self.all: dict[int, Worker] = {}  # by process id
+        self.idle: list[Worker] = []  # the last to become idle is the next to work
+        self._offered: Worker | None = None
+        self._short: dict[Worker, None] = {}  # busy, and may be sent more
+        self._seconds_per_job = self._bytes_per_answer = math.inf  # not too low
+        # For when to look at answers: from one job that had to wait for a processor
+        # nothing follows for the others.
+        self.usual_seconds = math.inf
+        # On time.monotonic(): when a worker is killed that is still at its job, or there.
+        self._kill_at: dict[Worker, float] = {}
+        # For workers that are stuck: on time.monotonic(), infinite if none has two jobs.
+        self._next_look = math.inf
+        self.failure: Failure | None = None  # set once, when no worker can start
+        self._notes: set[str] = set()  # that were logged
+        self._starting = 0
+        self._leaving = 0
+        self._failures = 0  # workers in a row that failed to start
+        self._next_start = 0.0  # on time.monotonic(): no start before it
+        self.died = 0
+        self.replaced = 0
+        self._ended = 0
+
+    # -- Starting ---------------------------------------------------------------
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another worker may be started."""
+        return self.failure is None and self._alive < self._most
+
+    def starts_due(self, waiting: int) -> int:
+        """Say how many workers to start now for the jobs that wait."""
+        if self.failure is not None or self._is_delayed():
+            return 0
+        return pace.workers_to_start(
+            waiting=waiting,
+            idle=len(self.idle),
+            starting=self._starting,
+            alive=self._alive,
+            max_workers=self._most,
+        )
+
+    def wanting(self, waiting: int) -> int:
+        """Say how many workers have no job only because they are not ready yet."""
+        return len(self.idle) + self._starting + self.starts_due(waiting)
+
+    def start_one(self) -> None:
+        """Start a worker; a failure to do so counts as a failed start."""
+        try:
+            body = self._start()
+        except Exception as exc:
+            log.warning("a worker could not be started", exc_info=True)
+            text = f"{type(exc).__name__}: {exc}"
+            self._note_failed_start(text, dumps_exception(exc))
+            return
+        if self._ended > self.replaced:
+            self.replaced += 1
+            log.info("worker %s replaces one that has ended", body.pid)
+        worker = self.all[body.pid] = Worker(body)
+        self._starting += 1
+        self._selector.register(body.channel, selectors.EVENT_READ, worker)
+        self._selector.register(body.answers, selectors.EVENT_READ, worker)
+        log.debug("worker %s was started", body.pid)
+
+    def take_note(self, text: str) -> None:
+        """Log what a worker has to say, once for all workers."""
+        if text not in self._notes:
+            self._notes.add(text)
+            log.warning("%s", text)
+
+    def note_ready(self, worker: Worker) -> None:
+        """Note that a worker has its engine and its initializer has run."""
+        self._failures = 0
+        if worker.state is State.STARTING:
+            self._starting -= 1
+            worker.state = State.READY
+            self.idle.append(worker)
+        log.debug("worker %s is ready", worker.body.pid)
+
+    @property
+    def _alive(self) -> int:
+        return len(self.all) - self._leaving
+
+    def _is_delayed(self) -> bool:
+        return bool(self._failures) and time.monotonic() < self._next_start
+
+    def _note_failed_start(self, text: str, parts: Sequence[Buffer] | None) -> None:
+        self._failures += 1
+        ready = self._alive - self._starting
+        delay = pace.delay_after_failed_start(self._failures, ready)
+        if self.failure is not None:
+            return
+        if delay is None:
+            self.failure = Failure(text, self._failures, parts)
+            log.error("the executor is broken: %s", self.failure.error())
+            return
+        self._next_start = time.monotonic() + delay
+        log.warning("a worker failed to start (%s), next try in %.1f s", text, delay)
+
+    # -- Working ----------------------------------------------------------------
+
+    def offer(self) -> Offer | None:
+        """Offer an idle worker to callers, if there is one, until :meth:`withdraw`."""
+        # The worker whose last job this may be has to be told so.
+        if not self.idle or self._max_jobs is not None:
+            return None
+        worker = self.idle[-1]
+        if worker.has_unsent or not worker.body.channel.is_between_messages:
+            return None
+        self._offered = worker
+        return Offer(worker.body.channel, worker.last_number + 1)
+
+    def withdraw(self, offer: Offer) -> Worker:
+        """Note what callers have done with the worker that was offered."""
+        worker, self._offered = self._offered, None
+        assert worker is not None  # noqa: S101 - there is one for each offer
+        if offer.answered:
+            self._note_durations(worker, offer.answered, offer.nanoseconds)
+        worker.last_number = offer.number - 1
+        if offer.taken is not None:
+            job, data = offer.taken
+            self.idle.remove(worker)
+            worker.since = time.monotonic()
+            worker.last_number = job.number = offer.number
+            worker.sent.append(job)
+            unsent = data if offer.unsent is None else offer.unsent
+            if unsent:
+                self.watch(worker, sent=worker.body.channel.send_rest(unsent))
+        return worker
+
+    def count_busy(self) -> int:
+        """Count the workers that have a job of the dispatcher's; from any thread."""
+        return sum(bool(worker.sent) for worker in list(self.all.values()))
+
+    def send_from(self, waiting: deque[Job]) -> None:
+        """Send waiting jobs to the workers that may have some."""
+        ready = [w for w in self.all.values() if w.state is State.READY]
+        share = pace.share_of_each(
+            unanswered=len(waiting) + sum(len(worker.sent) for worker in ready),
+            workers=len(ready),
+            usual_seconds=self.usual_seconds,
+        )
+        while waiting and (self.idle or self._short):
+            worker = self.idle[-1] if self.idle else next(iter(self._short))
+            count = pace.jobs_to_send(
+                waiting=len(waiting),
+                sent=len(worker.sent),
+                seconds_per_job=self._seconds_per_job,
+                share=share,
+            )
+            if self._max_jobs is not None:
+                left = self._max_jobs - worker.answered - len(worker.sent)
+                count = min(count, left)
+            if not count:
+                # It has enough, by what is known now of how long jobs take.
+                del self._short[worker]
+                continue
+            jobs = next_jobs(waiting, count, alone=not worker.sent)
+            if jobs:
+                self._send(worker, jobs)
+            elif worker.sent:
+                del self._short[worker]
+
+    def _send(self, worker: Worker, jobs: list[Job]) -> None:
+        if worker.sent:
+            del self._short[worker]
+        else:
+            self.idle.remove(worker)
+            worker.since = time.monotonic()
+        for number, job in enumerate(jobs, worker.last_number + 1):
+            job.number = number
+        worker.last_number += len(jobs)
+        worker.sent += jobs
+        size = pace.group_size(self._seconds_per_job)
+        groups = [jobs[first : first + size] for first in range(0, len(jobs), size)]
+        messages = [m for group in groups for m in messages_for(group, group[0].number)]
+        self.watch(worker, sent=worker.body.channel.send(*messages))
+        if len(worker.sent) > 1 and self._next_look == math.inf:
+            self._next_look = time.monotonic() + pace.PATIENCE
+        if worker.answered + len(worker.sent) == self._max_jobs:
+            self._tell_to_leave(worker)
+        options = jobs[0].options
+        if options.timeout is not None:
+            # The worker itself has cancelled the statement by then.
+            self._kill_at[worker] = worker.since + options.timeout + options.kill_after
+
+    def note_answers(
+        self, worker: Worker, count: int, nanoseconds: int, returned: int
+    ) -> None:
+        """Note that a worker's first jobs were taken from what was sent to it.
+
+        Args:
+            worker: The worker.
+            count: How many it has answered.
+            nanoseconds: How long those have taken.
+            returned: How many it has not begun, since they were taken back.
+        """
+        if count:
+            self._note_durations(worker, count, nanoseconds)
+            worker.since = time.monotonic()
+            worker.recalled = None
+            self._kill_at.pop(worker, None)
+        if count or returned:
+            self._note_sent_less(worker)
+
+    def _note_durations(self, worker: Worker, count: int, nanoseconds: int) -> None:
+        worker.answered += count
+        received = worker.body.bytes_received
+        self._learn(nanoseconds / 1e9 / count, count)
+        self._bytes_per_answer = pace.updated_estimate(
+            self._bytes_per_answer, (received - worker.received) / count, count
+        )
+        worker.received = received
+
+    def take_back(self, waiting: int) -> list[Job]:
+        """Give the jobs that were sent ahead and wait for the wrong worker."""
+        if self._next_look == math.inf or (now := time.monotonic()) < self._next_look:
+            return []
+        self._next_look = math.inf
+        taken: list[Job] = []
+        for worker in self.all.values():
+            if len(worker.sent) < 2:
+                continue
+            self._next_look = min(self._next_look, now + pace.PATIENCE)
+            seconds_at_job = now - worker.since
+            if seconds_at_job >= pace.PATIENCE:
+                self._learn(seconds_at_job)
+            if worker.recalled is None:
+                if not pace.is_taken_back(
+                    sent=len(worker.sent),
+                    seconds_at_job=seconds_at_job,
+                    seconds_per_job=self._seconds_per_job,
+                    others_idle=bool(self.idle) and not waiting,
+                ):
+                    continue
+                worker.recalled = Recall(worker.last_number, now)
+                worker.body.recall(worker.last_number)
+            if now - worker.recalled.at < RECALL_DELAY:
+                self._next_look = now + RECALL_DELAY
+                continue
+            begun, last = worker.body.progress().begun, worker.recalled.number
+            taken += (job for job in worker.sent if begun < job.number <= last)
+            worker.sent = [j for j in worker.sent if not begun < j.number <= last]
+            worker.recalled = None
+            self._note_sent_less(worker)
+        return taken
+
+    def seconds_to_nap(self, waiting: int, *, is_listening: bool) -> float:
+        """Say how long the answers of busy workers may add up."""
+        sent = [len(worker.sent) for worker in self.all.values()]
+        if self._starting or not sent:
+            return 0.0
+        return pace.seconds_to_nap(
+            waiting=waiting,
+            fewest=min(sent),
+            most=max(sent),
+            seconds_per_job=self.usual_seconds,
+            bytes_per_answer=self._bytes_per_answer,
+            is_listening=is_listening,
+        )
+
+    def _learn(self, sample: float, jobs: int = 1) -> None:
+        sample = max(sample, 1e-6)
+        self._seconds_per_job = pace.updated_estimate(
+            self._seconds_per_job, sample, jobs
+        )
+        self.usual_seconds = pace.moving_average(self.usual_seconds, sample, jobs)
+
+    def _note_sent_less(self, worker: Worker) -> None:
+        if worker.state is State.LEAVING:
+            if not worker.sent:
+                self._kill_at[worker] = time.monotonic() + LEAVE_GRACE
+        elif worker.sent:
+            self._short[worker] = None
+        else:
+            self._short.pop(worker, None)
+            self.idle.append(worker)
+
+    def watch(self, worker: Worker, *, sent: bool) -> None:
+        """Have the selector tell when a channel takes more, while it has to."""
+        if worker.has_unsent is sent:
+            worker.has_unsent = not sent
+            events = selectors.EVENT_READ | (0 if sent else selectors.EVENT_WRITE)
+            self._selector.modify(worker.body.channel, events, worker)
+
+    # -- Leaving ----------------------------------------------------------------
+
+    def tell_all_to_leave(self) -> None:
+        """Tell the workers without a job that no more will come."""
+        for worker in self.all.values():
+            if not worker.sent and worker.state is not State.LEAVING:
+                self._tell_to_leave(worker)
+
+    def _tell_to_leave(self, worker: Worker) -> None:
+        if worker.state is State.STARTING:
+            self._starting -= 1
+        elif worker in self.idle:
+            self.idle.remove(worker)
+        self._short.pop(worker, None)
+        worker.state = State.LEAVING
+        self._leaving += 1
+        if not worker.sent:
+            self._kill_at[worker] = time.monotonic() + LEAVE_GRACE
+        self.watch(worker, sent=worker.body.channel.end_sending())
+
+    def kill_overdue(self, spared: Collection[Worker]) -> None:
+        """Kill the workers that were given time to leave, or for a job, and are over.
+
+        Args:
+            spared: Not these, which may have answered in time.
+        """
+        if not self._kill_at:
+            return
+        now = time.monotonic()
+        over = {w for w, deadline in self._kill_at.items() if deadline <= now}
+        for worker in over.difference(spared):
+            worker.is_overdue = bool(worker.sent)
+            what = "end its job in time" if worker.is_overdue else "leave"
+            log.warning("worker %s did not %s, it is killed", worker.body.pid, what)
+            del self._kill_at[worker]
+            worker.body.kill()
+
+    def seconds_to_deadline(self, waiting: int) -> float | None:
+        """Say how long the thread may sleep; None for no bound."""
+        if not self._kill_at and self._next_look == math.inf and not self._failures:
+            return None
+        times = list(self._kill_at.values())
+        if self._next_look != math.inf:
+            times.append(self._next_look)
+        if waiting and self.has_room and self._failures:
+            times.append(self._next_start)
+        return max(0.0, min(times) - time.monotonic()) if times else None
+
+    # -- Dying ------------------------------------------------------------------
+
+    def bury(self, worker: Worker) -> verdict.Ending:
+        """Judge a worker whose channel has ended, and free what is left of it."""
+        self._selector.unregister(worker.body.channel)
+        self._selector.unregister(worker.body.answers)
+        del self.all[worker.body.pid]
+        self._short.pop(worker, None)
+        self._kill_at.pop(worker, None)
+        self._ended += 1
+        exitcode = worker.body.bury()
+        how = f"worker {worker.body.pid} {describe_exit(exitcode)}"
+        if worker.state is not State.LEAVING or worker.sent:
+            self.died += 1
+        match worker.state:
+            case State.STARTING:
+                self._starting -= 1
+                text, parts = f"{how} while it started", worker.start_failure
+                if parts is not None:
+                    cause = loads_exception(parts)
+                    text = f"{type(cause).__name__}: {cause}"
+                self._note_failed_start(text, parts)
+            case State.LEAVING:
+                self._leaving -= 1
+            case State.READY if not worker.sent:
+                self.idle.remove(worker)
+                log.info("%s while it was idle", how)
+        if not worker.sent:
+            return verdict.Ending([])
+        log.warning("%s with a job", how)
+        job, *others = worker.sent
+        outcome = verdict.outcome_at_end(job.number, worker.body.progress())
+        if outcome is Outcome.NEVER_STARTED:
+            job.deliveries += 1
+            if job.deliveries < pace.DELIVERY_ATTEMPTS:
+                return verdict.Ending([job, *others])
+        died = WorkerDiedError(exitcode, worker.body.pid, outcome)
+        limit = job.options.timeout if worker.is_overdue else None
+        error = verdict.error_at_end(died, timeout=limit)
+        return verdict.Ending(others, job, error, worker.body.xid())

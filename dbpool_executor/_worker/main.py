@@ -1,0 +1,342 @@
+"""The loop of a worker: read a job, run it, answer it.
+
+Runs in a worker. :func:`main` is named by the parent and imported by the child.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import multiprocessing
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, MutableSequence, Sequence
+from contextlib import suppress
+from functools import partial
+from multiprocessing.reduction import ForkingPickler
+from multiprocessing.util import Finalize
+from types import FrameType, TracebackType
+from typing import Any, NamedTuple, TypeVar
+
+from sqlalchemy import Engine
+
+from .._forks.connections import bury_inherited, freeze
+from .._forks.ends import End, own_end
+from .._wire.calls import Buffer, Call, Function, Run, loads_calls, unpack_call
+from .._wire.channel import Channel, Kind, Message
+from .._wire.exceptions import dumps_exception, set_cause
+from .._wire.locate import full_name
+from .._wire.logs import Levels
+from .._wire.options import JobOptions, loads_options
+from .._wire.phase import PhaseRecord
+from .._wire.picklers import WITH_CODE, with_code
+from .._wire.short_answers import AnswerWriter
+from ..errors import ArgumentsLostError, Outcome
+from .engine_warnings import notes_on, watch_limit
+from .hard_exit import leave
+from .lookup import outcome_of
+from .transaction import NO_KEYWORDS, Database, current_engine, here
+
+T = TypeVar("T")
+
+# To look up a member takes as long as to call a function (CPython 3.11).
+_RESULT, _FAILURE = Kind.RESULT, Kind.FAILURE
+_PACKAGE = __package__.partition(".")[0]
+_CANCEL_GRACE = 1.0  # seconds
+_NEW_OBJECTS = 10_000  # after which garbage is collected
+
+
+class WorkerSetup(NamedTuple):
+    """What a worker needs before its first job."""
+
+    engine_factory: Callable[[], Engine]
+    session_options: Mapping[str, Any]
+    initializer: Callable[[], object] | None
+    finalizer: Callable[[], object] | None
+    max_workers: int
+    log_levels: Levels | None  # None if log records stay in the worker
+
+
+_Setup = tuple[WorkerSetup, MutableSequence[int], End]
+
+
+class SentSetup:
+    """A setup on its way: unpickled by :func:`main`, where what that raises is told.
+
+    Unpickled with the process, an import that fails would end it without a word.
+
+    Args:
+        setup: The setup, the memory for the phase record and the pipe for answers, or
+            their pickle. One for all: what is pickled twice keeps a process from being
+            spawned.
+    """
+
+    def __init__(self, setup: _Setup | bytes) -> None:
+        self._setup = setup
+
+    def __reduce__(self) -> tuple[type[SentSetup], tuple[bytes]]:
+        return SentSetup, (with_code(self._setup, ForkingPickler.dumps),)
+
+    def load(self) -> _Setup:
+        """Give the setup, the memory and the pipe.
+
+        Raises:
+            Exception: Whatever the unpickling raises.
+        """
+        if not isinstance(self._setup, bytes):
+            return self._setup
+        setup: _Setup
+        setup = ForkingPickler.loads(self._setup)
+        return setup
+
+
+def main(end: socket.socket | None, sent: SentSetup) -> None:
+    """Run jobs until the parent has no more of them.
+
+    Args:
+        end: The worker's end of its channel; None if :func:`begin` was given it.
+        sent: What to make before the first job.
+    """
+    _take_over_signals()
+    # Nothing of the interpreter's own end may run here: under fork and forkserver it
+    # would act on what was inherited. The lowest priority is the last to run.
+    Finalize(None, leave, exitpriority=-1000)
+    if end is None:
+        end, sys.excepthook = _begun, sys.__excepthook__
+    own_end(end)
+    channel = Channel(end)
+    tell = partial(_tell, channel)
+    # As it is by default, to add a thousand rows to a session is to have all of them
+    # looked at more than once.
+    if 0 < gc.get_threshold()[0] < _NEW_OBJECTS:
+        gc.set_threshold(_NEW_OBJECTS, *gc.get_threshold()[1:])
+    for note in bury_inherited():
+        tell(note)
+    databases: list[Database] = []  # none until it is made
+    _follow_parent(end, databases)
+    try:
+        try:
+            setup, words, written = sent.load()
+            own_end(written)
+            # With records that go first, answers follow them.
+            answers = AnswerWriter(written) if setup.log_levels is None else None
+            record = PhaseRecord(words)
+            forwarder = None
+            if setup.log_levels is not None:
+                from .log_forwarding import Forwarder
+                from .shared_channel import SharedChannel
+
+                channel = SharedChannel(end)
+                tell = partial(_tell, channel)
+                forwarder = Forwarder(partial(_send_record, channel))
+                forwarder.take_over(setup.log_levels)
+            database = Database(setup.engine_factory, setup.session_options, record)
+            databases.append(database)
+            here.database = database
+            if forwarder is not None:
+                forwarder.uninterrupted = database.alarm.paused
+            watch_limit(database.engine, setup.max_workers, tell)
+            if setup.initializer is not None:
+                database.run(_call_only, (setup.initializer,))
+            for note in notes_on(database.engine):
+                tell(note)
+        except BaseException as exc:
+            channel.send(Message(Kind.START_FAILURE, dumps_exception(exc)))
+            return
+        channel.send(Message(Kind.READY))
+        freeze()
+        _serve(channel, answers, database, record)
+        if setup.finalizer is not None:
+            _finalize(database, setup.finalizer, tell)
+    finally:
+        channel.drain()
+        for database in databases:
+            with suppress(Exception):
+                database.dispose()
+
+
+_begun: socket.socket
+
+
+def begin(name: str, end: socket.socket) -> str:
+    """Begin a worker that is not a fork, before it imports the main module.
+
+    Args:
+        name: Of its process.
+        end: Its end of its channel.
+
+    Returns:
+        The name.
+    """
+    global _begun
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _begun = end
+    sys.excepthook = _tell_failed_import
+    return name
+
+
+def _tell_failed_import(
+    cls: type[BaseException], exc: BaseException, trace: TracebackType | None
+) -> None:
+    Channel(_begun).send(Message(Kind.START_FAILURE, dumps_exception(exc)))
+    sys.__excepthook__(cls, exc, trace)
+
+
+def run_chunk(fn: Callable[..., T], chunk: tuple[tuple[Any, ...], ...]) -> list[T]:
+    """Run the calls of one chunk of ``map()``: one job, so one transaction."""
+    return [fn(*args) for args in chunk]
+
+
+def outcome_of_transaction(xid: int) -> Outcome:
+    """Ask what became of a transaction of a worker that died: itself a job."""
+    return outcome_of(current_engine(), xid)
+
+
+def _call_only(call: Callable[[], object]) -> None:
+    call()  # what it returns need not be plain
+
+
+def _finalize(
+    database: Database, finalizer: Callable[[], object], tell: Callable[[str], None]
+) -> None:
+    try:
+        database.run(_call_only, (finalizer,))
+    except Exception as exc:
+        tell(f"the finalizer of a worker raised {exc!r}, so its session is rolled back")
+
+
+def _serve(
+    channel: Channel,
+    answers: AnswerWriter | None,
+    database: Database,
+    record: PhaseRecord,
+) -> None:
+    due = 1  # number of the next job
+    while True:
+        try:
+            messages = deque(channel.receive())
+        except EOFError:
+            return
+        start = time.monotonic_ns()
+        while messages:
+            kind, parts, first = messages.popleft()
+            if first < due:
+                continue  # it was sent twice, see Offer
+            due = first
+            options = loads_options(bytes(parts[1]))
+            runs: list[Run]
+            runs = loads_calls(parts[0]) if kind is Kind.JOBS else [(None, [parts[0]])]
+            is_group = len(runs) > 1 or len(runs[0][1]) > 1
+            writer = answers if is_group else None
+            for fn, calls in runs:
+                for number, call in enumerate(calls, due):
+                    # Begun before it is unpickled: that runs the caller's code too.
+                    if not record.begin(number):
+                        channel.send(Message(Kind.RETURNED, number=number))
+                        continue
+                    kind, answer = _run(database, fn, call, options)
+                    end = time.monotonic_ns()
+                    is_given = (
+                        writer is not None
+                        and kind is _RESULT
+                        and writer.write(number, answer, end - start)
+                    )
+                    if not is_given:
+                        if database.was_interrupted:
+                            # A cursor that nobody closed holds SQLite's lock as long as
+                            # it lives, and the interrupt's frames may be a cycle.
+                            database.was_interrupted = False
+                            gc.collect()
+                        channel.send_one(kind, answer, end - start)
+                    start = end
+                    del answer
+                due += len(calls)
+            # Its arguments may be large, and the next job long in coming.
+            del parts, runs, calls, call
+
+
+def _run(
+    database: Database, fn: Function | None, call: Call, options: JobOptions
+) -> tuple[Kind, Sequence[Buffer]]:
+    kwargs: Mapping[str, object] = NO_KEYWORDS
+    if not isinstance(call, tuple):
+        try:
+            fn, call, kwargs = unpack_call(call)
+        except BaseException as exc:
+            what = f"{full_name(type(exc))}: {exc}"
+            if isinstance(exc, AttributeError) and "__main__" in what:
+                what += f" (only plain values cross between processes, {WITH_CODE})"
+            error = ArgumentsLostError(what)
+            set_cause(error, exc)
+            return _FAILURE, dumps_exception(error)
+    assert fn is not None  # noqa: S101 - or the call would be a pickle
+    try:
+        return _RESULT, database.run(fn, call, kwargs, options)
+    except Exception as exc:
+        trace = exc.__traceback__
+        while trace is not None and _is_ours(trace.tb_frame):
+            trace = trace.tb_next
+        exc = exc.with_traceback(trace)
+        parts = dumps_exception(exc, database.failed_outcome)
+        repeats = options.retries > 0 and database.may_repeat(exc)
+        return _FAILURE, [*parts, b"1"] if repeats else parts
+
+
+def _is_ours(frame: FrameType) -> bool:
+    package = str(frame.f_globals.get("__package__"))
+    return package.partition(".")[0] == _PACKAGE
+
+
+def _tell(channel: Channel, text: str) -> None:
+    channel.send(Message(Kind.NOTE, [text.encode()]))
+
+
+def _send_record(channel: Channel, data: bytes) -> None:
+    channel.send(Message(Kind.LOG, [data]))
+
+
+def _follow_parent(end: socket.socket, databases: Sequence[Database]) -> None:
+    """End this process with its parent, also in the middle of a statement."""
+
+    def follow() -> None:
+        _wait_for_parents_end(end)
+        # The server would go on with the statement of a client that is gone. It may be
+        # gone as well, and a driver that waits for it may hold the interpreter's lock:
+        # this timer needs none.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        faulthandler.dump_traceback_later(_CANCEL_GRACE, exit=True, file=nowhere)
+        with suppress(Exception):
+            for database in databases:
+                database.cancel_statements()
+        os._exit(1)
+
+    threading.Thread(target=follow, name="DBPoolFollower", daemon=True).start()
+
+
+def _wait_for_parents_end(end: socket.socket) -> None:
+    if hasattr(select, "poll"):
+        # For nothing but that the other end is closed. What multiprocessing waits for
+        # is held open by forked copies of the parent; this is not.
+        poll = select.poll()
+        poll.register(end, 0)
+        poll.poll()
+    elif (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+
+
+def _take_over_signals() -> None:
+    # Ctrl-C reaches the whole group; what becomes of the jobs is for the parent to say.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # An event loop of the parent would be woken by this process's signals.
+    signal.set_wakeup_fd(-1)
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

@@ -1,0 +1,381 @@
+"""A worker's engine and scoped session, and one job as one transaction.
+
+Runs in a worker, in the thread that runs its jobs.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sqlalchemy import Engine, event
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session, scoped_session
+from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.util import ScopedRegistry
+
+from .._drivers import errors as drivers
+from .._forks import process_id
+from .._forks.connections import live_entries, pool_of, refuse_inherited
+from .._wire.calls import Buffer, dumps_result
+from .._wire.locate import asyncio_classes, full_name
+from .._wire.options import DEFAULTS, JobOptions
+from .._wire.phase import Phase, PhaseRecord
+from ..errors import (
+    DBPoolError,
+    JobExitedError,
+    JobTimeoutError,
+    Outcome,
+    OutcomeUnknownError,
+    OutsideJobError,
+    ResolveNotSupportedError,
+    ResultLostError,
+)
+from . import lookup
+from .commit_watch import CommitWatch
+from .hard_exit import leave
+from .sessions import Sessions
+from .timeout import Alarm, JobInterrupt
+
+log = logging.getLogger("dbpool_executor")
+
+_COMMITTED = Phase.COMMITTED  # to look up a member takes as long as a call
+
+NO_KEYWORDS: Mapping[str, Any] = {}
+
+
+class _Here(threading.local):
+    """What runs in a thread."""
+
+    database: Database | None = None  # whose jobs run in it
+
+
+here = _Here()
+
+
+def _running_database(name: str) -> Database:
+    database = here.database
+    if database is None or not database.is_running:
+        raise OutsideJobError(name)
+    return database
+
+
+def _open_session() -> Session:
+    return _running_database("session").sessions.open()
+
+
+class _JobRegistry(ScopedRegistry[Session]):
+    """Where `session` finds the session of the running job: its Database has it."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        pass
+
+    def __call__(self) -> Session:
+        database = here.database
+        if database is None or not database.is_running:
+            raise OutsideJobError("session")
+        if database.session is None:
+            database.session = database.sessions.open()
+        return database.session
+
+    def has(self) -> bool:
+        return here.database is not None and here.database.session is not None
+
+    def set(self, obj: Session) -> None:
+        _running_database("session").session = obj
+
+    def clear(self) -> None:
+        if here.database is not None:
+            here.database.session = None
+
+
+session: scoped_session[Session] = scoped_session(_open_session)  # type: ignore[arg-type]
+"""The running job's session.
+
+Committed when the job returns, rolled back when it raises, removed after every job.
+Outside a job it raises :class:`OutsideJobError`.
+"""
+
+
+def current_engine() -> Engine:
+    """Give the worker's engine to the running job.
+
+    Connections taken from it are the job's own: it commits and closes them itself.
+
+    Returns:
+        The engine that the engine factory made in this worker, with the job's
+        isolation level.
+
+    Raises:
+        OutsideJobError: No job is running in this thread.
+    """
+    return _running_database("current_engine()").lend_engine()
+
+
+session.registry = _JobRegistry()
+
+
+class Database:
+    """The engine and the sessions of one worker.
+
+    Args:
+        engine_factory: Makes the engine; called once, here.
+        session_options: Keyword arguments for ``sessionmaker``.
+        record: Where the phase of the running job is noted.
+
+    Attributes:
+        engine: The worker's engine.
+        alarm: The time limit of the running job.
+        sessions: Gives each job its session.
+        session: Of the running job; None if it has none.
+        was_interrupted: Whether a job was, since garbage was collected last.
+
+    Raises:
+        TypeError: The factory returned something other than an Engine.
+        RuntimeError: The factory returned an engine with another process's connections.
+        Exception: Whatever the factory raises.
+    """
+
+    _is_shared = False  # whether others of this process use the engine as well
+
+    def __init__(
+        self,
+        engine_factory: Callable[[], Engine],
+        session_options: Mapping[str, Any],
+        record: PhaseRecord,
+    ) -> None:
+        engine = engine_factory()
+        if isinstance(engine, asyncio_classes("AsyncEngine")):
+            raise TypeError(
+                "the engine factory returned an AsyncEngine, but a job runs without an "
+                "event loop; return create_engine(...) with a synchronous driver"
+            )
+        if not isinstance(engine, Engine):
+            raise TypeError(
+                f"the engine factory returned a {full_name(type(engine))}; it must "
+                "return what sqlalchemy.create_engine() returns"
+            )
+        refuse_inherited(engine)
+        self.engine = engine
+        self.sessions = Sessions(engine, session_options)
+        self.session: Session | None = None
+        self._record = record
+        self.alarm = Alarm(self.cancel_statements)
+        self._commits = CommitWatch(
+            engine, record, self.alarm, is_shared=self._is_shared
+        )
+        event.listen(self.sessions.maker, "after_commit", self._commits.after_commit)
+        event.listen(engine, "connect", drivers.note_thread_id)
+        self.is_running = False  # a job
+        self._pid = os.getpid()
+        self._options = DEFAULTS  # of the running job, or the last one
+        self._job_engine = engine  # with its options
+        self._was_lent = False  # to the running job, by current_engine()
+        self.was_interrupted = False  # since garbage was collected
+
+    def run(
+        self,
+        fn: Callable[..., object],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] = NO_KEYWORDS,
+        options: JobOptions = DEFAULTS,
+    ) -> list[Buffer]:
+        """Run a job as one transaction.
+
+        Args:
+            fn: What it calls.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+            options: How to run it.
+
+        Returns:
+            The pickled result.
+
+        Raises:
+            JobTimeoutError: It took longer than its options allow.
+            JobExitedError: The job raised what is meant to end a process.
+            OutcomeUnknownError: Contact was lost during COMMIT.
+            Exception: Whatever the job, the flush or the commit raises.
+        """
+        if options is not self._options:
+            self._adopt(options)
+        if self._commits.is_used:
+            self._commits.begin_job()
+        self.is_running = True
+        try:
+            if options.timeout is None:
+                return self._run(fn, args, kwargs)
+            with self.alarm.set(options.timeout):
+                return self._run(fn, args, kwargs)
+        except JobInterrupt as exc:
+            # Its statement may be cancelled a moment too late, and then hit the next
+            # job's: the connection is not used again.
+            if self.session is not None:
+                self.session.invalidate()
+            self.engine.dispose()
+            self.was_interrupted = True
+            error = JobTimeoutError(options.timeout or 0.0)
+            raise self._exact(error) from exc.__cause__
+        except DBPoolError as exc:
+            self._exact(exc)
+            raise
+        except Exception:
+            raise
+        except BaseException as exc:
+            raise self._exact(JobExitedError(repr(exc))) from exc
+        finally:
+            if self.session is not None or self._was_lent:
+                self._end(fn)
+            self.is_running = False
+
+    @property
+    def failed_outcome(self) -> Outcome:
+        """What is known of a job that has raised, by the commits of its own."""
+        return Outcome.UNKNOWN if self._commits.by_the_job else Outcome.ROLLED_BACK
+
+    def may_repeat(self, error: Exception) -> bool:
+        """Say whether the job that raised may succeed if it is run again.
+
+        Args:
+            error: What :meth:`run` has just raised.
+        """
+        if isinstance(error, DBPoolError) or self._commits.by_the_job:
+            return False
+        return drivers.is_transient(error)
+
+    def cancel_statements(self) -> None:
+        """Cancel what runs on the server for this worker; from any thread."""
+        for entry in self._entries_in_use():
+            drivers.cancel(self.engine, entry)
+
+    def dispose(self) -> None:
+        """Close the engine's connections."""
+        self.engine.dispose()
+
+    # -- For the job ------------------------------------------------------------
+
+    def lend_engine(self) -> Engine:
+        """Give the engine to the job, and note that it may take connections."""
+        self._was_lent = True
+        return self._job_engine
+
+    # -- One job ------------------------------------------------------------------
+
+    def _adopt(self, options: JobOptions) -> None:
+        engine, read_only = self.engine, options.read_only
+        if options.isolation_level is not None:
+            engine = engine.execution_options(isolation_level=options.isolation_level)
+        if read_only and engine.dialect.name == "postgresql":
+            engine = engine.execution_options(postgresql_readonly=True)
+            read_only = False  # it is said by the engine
+        self._options = options
+        self._job_engine = engine
+        self.sessions.adopt(engine, read_only=read_only)
+
+    def _run(
+        self,
+        fn: Callable[..., object],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> list[Buffer]:
+        options = self._options
+        if options.resolve and self.engine.dialect.name != "postgresql":
+            raise ResolveNotSupportedError(self.engine.dialect.name)
+        try:
+            result = fn(*args, **kwargs) if kwargs else fn(*args)
+        finally:
+            if self._pid != (process_id.known_pid or os.getpid()):
+                _end_copy(fn)
+        current = self.session if options.commit else None
+        if current is not None:
+            current.flush()
+        # Pickled before the commit: a job whose result cannot travel must be rolled
+        # back, not committed and then reported as failed.
+        parts = dumps_result(result)
+        if current is not None:
+            self._commits.end_job()
+            self._commit(current)
+            return parts
+        if options.timeout is not None:
+            self.alarm.begin_commit()
+        if options.commit and not self._commits.by_the_job:
+            self._record.advance(_COMMITTED)
+        return parts
+
+    def _commit(self, current: Session) -> None:
+        xid = None
+        # Of more than one transaction no answer would be the whole truth.
+        if self._options.resolve and not self._commits.by_the_job:
+            xid = lookup.current_xid(current)
+            self._record.note_xid(xid)
+        # What it holds is not asked for again.
+        expires, current.expire_on_commit = current.expire_on_commit, False
+        try:
+            current.commit()
+            current.expire_on_commit = expires
+        except BaseException as exc:
+            phase = self._record.read().phase
+            if phase is Phase.COMMITTED:
+                text = f"a listener to the session's commit raised {exc!r} after it"
+                raise ResultLostError(text) from exc
+            self._commits.roll_back()
+            if not isinstance(exc, DBAPIError):
+                raise
+            committing = phase is Phase.COMMITTING
+            if not (committing and drivers.leaves_commit_unknown(exc)):
+                raise
+            if xid is not None:
+                outcome = lookup.outcome_of(self.engine, xid)
+                if outcome is Outcome.COMMITTED:
+                    return
+                if outcome is Outcome.ROLLED_BACK:
+                    raise
+            raise OutcomeUnknownError("the connection was lost") from exc
+
+    def _exact(self, error: DBPoolError) -> DBPoolError:
+        # What the job has committed by itself is not undone.
+        if self._commits.by_the_job and error.outcome is Outcome.ROLLED_BACK:
+            error.outcome = Outcome.UNKNOWN
+        return error
+
+    def _end(self, fn: Callable[..., object]) -> None:
+        self._commits.end_job()
+        if self.session is not None:
+            try:
+                self.sessions.end(self.session)
+            finally:
+                self.session = None  # also one that a listener has opened
+        if self._was_lent:
+            self._was_lent = False
+            self._take_back(getattr(fn, "__qualname__", repr(fn)))
+
+    def _take_back(self, name: str) -> None:
+        """Close the connections that a job took and did not give back."""
+        for entry in self._entries_in_use():
+            text = f"the job {name} left a connection of current_engine() open"
+            log.warning("%s; it is closed", text)
+            entry.invalidate()
+            try:
+                warnings.warn(text, ResourceWarning, stacklevel=2)
+            except ResourceWarning:  # made an error; the job is over
+                log.debug("the warning was not shown", exc_info=True)
+
+    def _entries_in_use(self) -> list[ConnectionPoolEntry]:
+        pool = self.engine.pool
+        return [e for e in live_entries() if e.in_use and pool_of(e) is pool]
+
+
+def _end_copy(fn: Callable[..., object]) -> None:
+    # The job has forked. Only one of the two may commit and answer.
+    log.warning(
+        "the job %s came back in a forked copy of its worker, which ends here; "
+        "end such a copy with os._exit()",
+        getattr(fn, "__qualname__", fn),
+    )
+    leave()
