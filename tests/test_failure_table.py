@@ -37,8 +37,8 @@ from dbpool_executor import (
     TransactionAbortedError,
     WorkerDiedError,
     WorkerStartError,
-    _channel,
 )
+from dbpool_executor._wire import channel as _channel
 from processes import MakeExecutor, worker_pids
 from servers import Database
 from waiting import LONGEST, Gate, wait_until
