@@ -30,13 +30,13 @@ TREES = {
 MAY_IMPORT: dict[str, set[str]] = {
     # Both processes.
     "errors": set(),
-    "_forks": set(),
-    "_drivers": {"_forks"},
+    "_drivers": set(),
+    "_forks": {"_drivers"},
     "_wire": {"_forks", "errors"},
     # A worker.
     "_worker": {"_drivers", "_forks", "_wire", "errors"},
     # The parent.
-    "_launch": {"_forks", "_wire", "_worker", "errors"},
+    "_launch": {"_drivers", "_forks", "_wire", "_worker", "errors"},
     "_dispatch": {"_forks", "_launch", "_wire", "_worker", "errors"},
     "_api": {"_dispatch", "_launch", "_wire", "_worker", "errors"},
     "testing": {
@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     # The front door, and what comes through it.
     "__init__": {"_api", "_dispatch", "_forks", "_worker", "errors"},
-    "_tools": {"__init__", "_api", "_forks", "_worker"},
+    "_tools": {"__init__", "_api", "_drivers", "_worker"},
     "__main__": {"__init__", "_tools"},
 }  # fmt: skip
 
@@ -171,7 +171,7 @@ def test_what_runs_in_a_worker_imports_nothing_of_the_parents(module: str) -> No
     [
         ("_worker", "a worker"),
         ("_wire", "both processes"),
-        ("_drivers", "both processes"),
+        ("_drivers", "every process"),
         ("_forks", "every process"),
         ("_launch", "the parent"),
         ("_dispatch", "the parent"),
@@ -217,7 +217,10 @@ def test_import_of_the_package_loads_its_hooks_alone() -> None:
     output = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     ).stdout.splitlines()
-    hooks = ["_forks", "_forks.connections", "_forks.gc_pause"]
+    hooks = [
+        *("_drivers", "_drivers.connections", "_drivers.table"),
+        *("_forks", "_forks.connections", "_forks.gc_pause"),
+    ]
     assert output[0].split() == hooks
     assert "_worker.transaction" in output[1].split()
     assert not {"_dispatch", "_api", "_launch"} & set(output[1].split())

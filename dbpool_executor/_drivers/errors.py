@@ -1,4 +1,4 @@
-"""What the drivers tell, each in its own way.
+"""What an error of a driver says of the transaction, and whether to try again.
 
 Runs in both processes. Judged by the codes of the database and never by SQLAlchemy's class:
 one and the same serialization failure arrives as four of them.
@@ -7,35 +7,62 @@ one and the same serialization failure arrives as four of them.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
-from typing import Any
+from types import TracebackType
 
 from sqlalchemy import Engine
-from sqlalchemy.exc import DBAPIError, OperationalError
-from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
-from .._forks.connections import is_sqlite
-
-_IN_ERROR = 3  # PQTRANS_INERROR of libpq, the same in psycopg and psycopg2
-
-# PostgreSQL documentation, appendix A: serialization failure, deadlock, lock not
-# available; connection exceptions; the server is ending or not up yet.
-_TRANSIENT_STATES = {
-    "40001", "40P01", "55P03",
-    "08000", "08001", "08003", "08004", "08006",
-    "57P01", "57P02", "57P03",
-}  # fmt: skip
-# The server's own words for "whether it was committed is not known".
-_UNKNOWN_STATES = {"40003", "08007", "57P01", "57P02"}
+from .connections import status_of
+from .table import Driver, Family, Status, driver_of, driver_of_class, is_package, told
 
 LOCK_WAIT_TIMEOUT = 1205
 DEADLOCK = 1213
-# MariaDB documentation, "Error Codes": too many connections, shutdown, killed, gone,
-# lost; record changed; and no wait.
-_TRANSIENT_NUMBERS = {
-    LOCK_WAIT_TIMEOUT, DEADLOCK, 1020, 1040, 1053, 1927, 2002, 2003, 2006, 2013, 3572,
+
+# PostgreSQL documentation, appendix A: serialization failure, deadlock, lock not
+# available; connection exceptions, too many of them; the server is ending or not up yet,
+# or has ended a session that was idle for too long. MariaDB documentation, "Error Codes":
+# record changed, too many connections, shutdown, killed, no wait, rolled back by a
+# plugin; and those of the client that it could not connect, or has lost contact.
+# sqlite.org/rescode.html: SQLITE_BUSY, SQLITE_LOCKED.
+_TRANSIENT: dict[Family, set[object]] = {
+    Family.POSTGRESQL: {
+        "40001", "40P01", "55P03",
+        "08000", "08001", "08003", "08004", "08006", "53300",
+        "57P01", "57P02", "57P03", "57P05", "25P03",
+    },
+    Family.MYSQL: {
+        LOCK_WAIT_TIMEOUT, DEADLOCK, 1020, 1040, 1053, 1927, 3101, 3572,
+        -1, 2002, 2003, 2006, 2013, 2055,
+    },
+    Family.SQLITE: {5, 6},
 }  # fmt: skip
-_TRANSIENT_SQLITE = {5, 6}  # SQLITE_BUSY, SQLITE_LOCKED (sqlite.org/rescode.html)
+
+# Those by which the connection is no more, also where SQLAlchemy does not know it.
+_LOST: dict[Family, set[object]] = {
+    Family.POSTGRESQL: {"57P01", "57P02", "57P05", "25P03"},
+    Family.MYSQL: {-1, 1053, 1927, 2006, 2013, 2055},
+    Family.SQLITE: set(),
+}
+
+# Of an error of COMMIT, what leaves open what became of it: the servers' own words for
+# it, an interrupted or failed COMMIT of MariaDB, which may have reached its binary log, a
+# disk that failed SQLite while it wrote. All errors of the client do, too.
+_UNKNOWN: dict[Family, set[object]] = {
+    Family.POSTGRESQL: {"40003", "08007", "57P01", "57P02"},
+    Family.MYSQL: {1053, 1180, 1317, 1927},
+    Family.SQLITE: {10},
+}
+_OF_THE_CLIENT = {-1, 0, *range(2000, 3000)}  # MariaDB documentation, "Error Codes"
+
+# By which a statement says that it was cancelled: SQLITE_INTERRUPT is the last.
+_CANCELLED: dict[Family, set[object]] = {
+    Family.POSTGRESQL: {"57014"},
+    Family.MYSQL: {1317},
+    Family.SQLITE: {9},
+}
+
+_READ_ONLY_TRANSACTION = "25006"
 
 
 def is_transient(exc: BaseException) -> bool:
@@ -45,122 +72,125 @@ def is_transient(exc: BaseException) -> bool:
         exc: What it raised. What stands behind it counts as well: a deadlock under a
             savepoint shows as a savepoint that does not exist.
     """
-    return any(_is_transient(error) for error in _database_errors(exc))
+    return any(
+        _is_transient(error)
+        if isinstance(error, DBAPIError)
+        else _is_lost_socket(error)
+        for error in _chain(exc)
+    )
 
 
 def _is_transient(error: DBAPIError) -> bool:
-    state = sqlstate(error)
-    if state in _UNKNOWN_STATES and state not in _TRANSIENT_STATES:
-        return False
-    if error.connection_invalidated or state in _TRANSIENT_STATES:
+    driver, code = _known(error)
+    if driver is not None:
+        if code in _UNKNOWN[driver.family] and code not in _TRANSIENT[driver.family]:
+            return False
+        if code in _TRANSIENT[driver.family]:
+            return True
+    if error.connection_invalidated:
         return True
-    code = getattr(error.orig, "sqlite_errorcode", None)
-    if isinstance(code, int):
-        return code & 0xFF in _TRANSIENT_SQLITE
-    number = mysql_number(error)
-    if number is not None:
-        return number in _TRANSIENT_NUMBERS
     # libpq has no SQLSTATE for a connection that it could not make.
-    return isinstance(error, OperationalError) and not (state or error.statement)
+    is_of_connecting = isinstance(error, (OperationalError, InterfaceError))
+    return is_of_connecting and not (code or error.statement)
 
 
-def leaves_commit_unknown(error: DBAPIError) -> bool:
+def leaves_commit_unknown(error: BaseException) -> bool:
     """Say whether an error of COMMIT leaves open what became of it.
 
     The same error comes whether the connection broke before or after the server had
-    the COMMIT.
+    the COMMIT. Only what the server itself has said against it is an answer, so it is
+    also left open by what is no error of a database, and by a driver that is not known.
     """
-    return error.connection_invalidated or sqlstate(error) in _UNKNOWN_STATES
+    if not isinstance(error, DBAPIError) or error.connection_invalidated:
+        return True
+    driver, code = _known(error)
+    if driver is None or code is None or code in _UNKNOWN[driver.family]:
+        return True
+    return driver.family is Family.MYSQL and code in _OF_THE_CLIENT
 
 
-def _database_errors(exc: BaseException) -> Iterator[DBAPIError]:
+def was_cancelled(exc: BaseException | None) -> bool:
+    """Say whether a database has cancelled a statement, by what a job raised."""
+    for error in _chain(exc):
+        if isinstance(error, DBAPIError):
+            driver, code = _known(error)
+            if driver is not None and code in _CANCELLED[driver.family]:
+                return True
+    return False
+
+
+def mysql_number(error: DBAPIError) -> int | None:
+    """Give the error number of MySQL or MariaDB, where the error is theirs."""
+    driver, code = _known(error)
+    if driver is not None and driver.family is Family.MYSQL and isinstance(code, int):
+        return code
+    return None
+
+
+def is_aborted(connection: object) -> bool:
+    """Say whether the server will answer COMMIT with success and store nothing."""
+    return status_of(connection) is Status.ABORTED
+
+
+def is_known(engine: Engine) -> bool:
+    """Say whether an engine's driver is one that is known."""
+    dbapi = engine.dialect.dbapi
+    error = getattr(dbapi, "Error", None)
+    return isinstance(error, type) and driver_of_class(error) is not None
+
+
+def give_up_lost(context: ExceptionContext) -> None:
+    """Have SQLAlchemy give up a connection that is of no more use.
+
+    A listener to ``handle_error``. By their codes it does not know all that are lost;
+    and one to a server that has become, or was always, a replica is not the one to write
+    through: a new one may lead to the primary.
+    """
+    error, connection = context.sqlalchemy_exception, context.connection
+    if not isinstance(error, DBAPIError):
+        if _is_lost_socket(context.original_exception):
+            context.is_disconnect = True
+        return
+    driver, code = _known(error)
+    if driver is None:
+        return
+    is_lost = code in _LOST[driver.family]
+    if code == _READ_ONLY_TRANSACTION and connection is not None:
+        # Else the transaction is read-only because somebody wanted it to be.
+        where = connection.connection.driver_connection
+        is_lost = bool(told(driver.is_replica, where))
+    if is_lost:
+        context.is_disconnect = True
+
+
+def _known(error: DBAPIError) -> tuple[Driver | None, object]:
+    """Give the driver of an error, and the code of the database."""
+    driver = driver_of(error.orig)
+    if driver is None:
+        return None, None
+    code = told(driver.code, error.orig)
+    if driver.family is Family.SQLITE and isinstance(code, int):
+        code &= 0xFF  # the primary one (sqlite.org/rescode.html)
+    return driver, code
+
+
+def _chain(exc: BaseException | None) -> Iterator[BaseException]:
     seen: set[int] = set()
-    stack: list[BaseException | None] = [exc]
+    stack = [exc]
     while stack:
         error = stack.pop()
         if error is None or id(error) in seen:
             continue
         seen.add(id(error))
-        if isinstance(error, DBAPIError):
-            yield error
+        yield error
         stack += [error.__cause__, error.__context__]
 
 
-def sqlstate(error: DBAPIError) -> str | None:
-    """Give the SQLSTATE of an error, where the driver tells it."""
-    # psycopg and asyncpg; psycopg2.
-    for name in ("sqlstate", "pgcode"):
-        state = getattr(error.orig, name, None)
-        if isinstance(state, str):
-            return state
-    return None
-
-
-def mysql_number(error: DBAPIError) -> int | None:
-    """Give the error number of MySQL or MariaDB, where the error is theirs."""
-    if type(error.orig).__module__.partition(".")[0] in ("pymysql", "MySQLdb"):
-        args = error.orig.args if error.orig is not None else ()
-        return args[0] if args and isinstance(args[0], int) else None
-    return None
-
-
-def is_aborted(connection: Any) -> bool:
-    """Say whether the server will answer COMMIT with success and store nothing."""
-    # psycopg, whose ``info`` says the same in more steps; psycopg2.
-    libpq = getattr(connection, "pgconn", None) or getattr(connection, "info", None)
-    return getattr(libpq, "transaction_status", None) == _IN_ERROR
-
-
-def autocommits(connection: Any) -> bool:
-    """Say whether each statement of a connection is committed by itself.
-
-    Args:
-        connection: Not of the sqlite3 module, whose attribute says only who begins
-            transactions, the module or the program.
-    """
-    autocommit = getattr(connection, "autocommit", None)
-    if isinstance(autocommit, bool):
-        return autocommit
-    with suppress(Exception):  # PyMySQL and mysqlclient
-        return bool(connection.get_autocommit())
+def _is_lost_socket(error: BaseException) -> bool:
+    """Say whether an error is a socket's, and came out of a driver: pg8000 lets it."""
+    trace: TracebackType | None = error.__traceback__
+    while isinstance(error, ConnectionError) and trace is not None:
+        if is_package(str(trace.tb_frame.f_globals.get("__name__"))):
+            return True
+        trace = trace.tb_next
     return False
-
-
-_THREAD_ID = "dbpool_executor.thread_id"
-
-
-def note_thread_id(connection: Any, entry: ConnectionPoolEntry) -> None:
-    """Note how MySQL and MariaDB call a connection, for :func:`cancel`.
-
-    mysqlclient does not tell while a statement runs.
-    """
-    if callable(thread_id := getattr(connection, "thread_id", None)):
-        entry.info[_THREAD_ID] = int(thread_id())
-
-
-def cancel(engine: Engine, entry: ConnectionPoolEntry) -> None:
-    """Have the server end the statement that a connection runs, if it runs one.
-
-    Args:
-        engine: Whose connection it is.
-        entry: The connection's entry in the engine's pool.
-
-    Raises:
-        Exception: Whatever the driver raises.
-    """
-    driver_connection: Any = entry.driver_connection
-    if driver_connection is None:
-        return
-    if is_sqlite(driver_connection):
-        driver_connection.interrupt()
-    elif (thread_id := entry.info.get(_THREAD_ID)) is not None:
-        # A pool of its own: the engine's may have none left to give.
-        pool = engine.pool.recreate()
-        connection = pool.connect()
-        try:
-            connection.cursor().execute(f"KILL QUERY {thread_id}")
-        finally:
-            connection.invalidate()
-            pool.dispose()
-    elif callable(send_cancel := getattr(driver_connection, "cancel", None)):
-        send_cancel()

@@ -28,6 +28,7 @@ from functools import partial
 from itertools import chain, compress
 from typing import Any
 
+from .._drivers.connections import descriptor_of
 from .gc_pause import collection_pause, counted_as_old
 
 # Whether somebody may have connected before this module was imported.
@@ -35,7 +36,7 @@ _is_late = "sqlalchemy.pool" in sys.modules
 
 with counted_as_old():
     import sqlalchemy.orm  # noqa: F401 - whoever imports the package needs it too
-    from sqlalchemy import URL, Engine, event
+    from sqlalchemy import Engine, event
     from sqlalchemy.pool import ConnectionPoolEntry, Pool, PoolProxiedConnection
 
 # By which a driver's connection is known, PEP 249.
@@ -117,20 +118,6 @@ def pool_of(entry: ConnectionPoolEntry) -> Pool | None:
     return getattr(entry, "_ConnectionRecord__pool", None)
 
 
-def is_in_memory(url: URL) -> bool:
-    """Say whether a database is nowhere but in the connections to it."""
-    # sqlite.org/inmemorydb.html
-    if url.get_backend_name() != "sqlite":
-        return False
-    return not url.database or ":memory:" in url.database or "mode=memory" in str(url)
-
-
-def is_sqlite(driver_connection: object) -> bool:
-    """Say whether a connection is of the sqlite3 module, which not everybody imports."""
-    module: Any = sys.modules.get("sqlite3")
-    return module is not None and isinstance(driver_connection, module.Connection)
-
-
 def live_entries() -> list[ConnectionPoolEntry]:
     """Give the entries of all pools of this process that hold a connection."""
     return _watch.live_entries()
@@ -145,6 +132,14 @@ def freeze() -> None:
     """
     _watch.has_frozen = True
     gc.freeze()
+
+
+def give_back(entry: ConnectionPoolEntry) -> None:
+    """Close a connection that is checked out, and give its pool the slot back."""
+    lent = getattr(entry, "fairy_ref", None)
+    proxy: PoolProxiedConnection | None = None if lent is None else lent()
+    # To invalidate the entry alone would leave it checked out.
+    (entry if proxy is None else proxy).invalidate()
 
 
 @contextmanager
@@ -228,7 +223,7 @@ def _stowaways() -> list[object]:
     """Give the connections that this process shares with its parent, unburied."""
     ours, theirs = _streams("self"), _streams(str(os.getppid()))
     shared = {fd for fd, inode in ours.items() if inode in theirs.values()}
-    return [e for e in _connections() if shared & _descriptors(e)] if shared else []
+    return [e for e in _connections() if _descriptor(e) in shared] if shared else []
 
 
 # -- The hooks ------------------------------------------------------------------
@@ -269,7 +264,9 @@ def _connections() -> list[object]:
 def _bury(held: Iterable[object]) -> None:
     held = {id(each): each for each in held}.values()
     _watch.graveyard += held
-    for descriptor in set().union(*map(_descriptors, held)):
+    for descriptor in {_descriptor(each) for each in held}:
+        if descriptor is None:
+            continue
         with suppress(OSError):
             # Closed first: the process may have as many open as it is allowed.
             os.close(descriptor)
@@ -287,20 +284,11 @@ def _is_connection(cls: type) -> bool:
     )
 
 
-def _descriptors(value: object) -> set[int]:
-    """Give the socket descriptors of a pool's entry or a driver's connection."""
-    if isinstance(value, ConnectionPoolEntry):
+def _descriptor(value: object) -> int | None:
+    """Give the socket's descriptor of a pool's entry or a driver's connection."""
+    if isinstance(value, (ConnectionPoolEntry, PoolProxiedConnection)):
         value = value.driver_connection
-    found = set()
-    # psycopg, psycopg2 and mysqlclient; PyMySQL; asyncpg; aiomysql and asyncmy.
-    for name in ("", "_sock", "_transport", "_writer"):
-        with suppress(Exception):  # closed, or without such an attribute
-            holder: Any = getattr(value, name) if name else value
-            if name in ("_transport", "_writer"):
-                holder = holder.get_extra_info("socket")
-            if type(descriptor := holder.fileno()) is int and descriptor >= 0:
-                found.add(descriptor)
-    return found
+    return descriptor_of(value)
 
 
 def _streams(process: str) -> dict[int, str]:

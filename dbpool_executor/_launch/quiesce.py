@@ -23,7 +23,8 @@ from sqlalchemy.pool import (
     StaticPool,
 )
 
-from .._forks.connections import is_in_memory, is_sqlite, live_entries, living, pool_of
+from .._drivers.connections import cut, is_in_memory, is_sqlite
+from .._forks.connections import live_entries, living, pool_of
 from .._wire.locate import asyncio_classes, full_name
 from ..errors import OpenConnectionsError
 
@@ -147,12 +148,8 @@ def _cut_idle(pool: Pool | None) -> None:
     for entry in live_entries():
         if pool_of(entry) is not pool or entry.in_use:
             continue
-        # psycopg cannot be cut without an event loop, but for its libpq part.
-        libpq = getattr(entry.driver_connection, "pgconn", None)
-        if libpq is None:
+        if not cut(entry.driver_connection):
             entry.invalidate()
-        else:
-            libpq.finish()
 
 
 def _checked_out() -> list[str]:

@@ -18,7 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool, Pool, QueuePool
 
 from .. import current_engine, session
-from .._forks.connections import is_in_memory
+from .._drivers.connections import is_in_memory
 from .._worker.engine_warnings import ASK_FOR_LIMIT, notes_on
 from .check_rules import Bound, PoolSize
 from .redact import place_of, told_of

@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import PoolProxiedConnection
 
 from .._drivers import errors as drivers
-from .._forks.connections import is_sqlite
+from .._drivers.connections import autocommits, is_sqlite
 from .._wire.phase import Phase, PhaseRecord
 from ..errors import TransactionAbortedError
 from .timeout import Alarm
@@ -239,7 +239,7 @@ class CommitWatch:
             return
         if self.by_the_job:
             self._alarm.end_commit()
-        if not self._is_sqlite and drivers.autocommits(where):
+        if not self._is_sqlite and autocommits(where):
             self._note_commit()
 
     def _note_level(self, _connection: object, level: str | None) -> None:

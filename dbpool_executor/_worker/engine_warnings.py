@@ -12,7 +12,8 @@ from typing import Any
 from sqlalchemy import Engine, event
 from sqlalchemy.pool import QueuePool, StaticPool
 
-from .._forks.connections import is_in_memory, module_level_name
+from .._drivers.connections import is_in_memory
+from .._forks.connections import module_level_name
 
 ASK_FOR_LIMIT = {
     "postgresql": "SHOW max_connections",

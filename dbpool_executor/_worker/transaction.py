@@ -13,14 +13,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sqlalchemy import Engine, event
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.util import ScopedRegistry
 
+from .._drivers import cancel
 from .._drivers import errors as drivers
 from .._forks import process_id
-from .._forks.connections import live_entries, pool_of, refuse_inherited
+from .._forks.connections import (
+    give_back,
+    live_entries,
+    pool_of,
+    refuse_inherited,
+)
 from .._wire.calls import Buffer, dumps_result
 from .._wire.locate import asyncio_classes, full_name
 from .._wire.options import DEFAULTS, JobOptions
@@ -171,7 +176,9 @@ class Database:
             engine, record, self.alarm, is_shared=self._is_shared
         )
         event.listen(self.sessions.maker, "after_commit", self._commits.after_commit)
-        event.listen(engine, "connect", drivers.note_thread_id)
+        event.listen(engine, "connect", cancel.note_session)
+        if not self._is_shared:
+            event.listen(engine, "handle_error", drivers.give_up_lost)
         self.is_running = False  # a job
         self._pid = os.getpid()
         self._options = DEFAULTS  # of the running job, or the last one
@@ -252,7 +259,7 @@ class Database:
     def cancel_statements(self) -> None:
         """Cancel what runs on the server for this worker; from any thread."""
         for entry in self._entries_in_use():
-            drivers.cancel(self.engine, entry)
+            cancel.cancel(self.engine, entry)
 
     def dispose(self) -> None:
         """Close the engine's connections."""
@@ -325,8 +332,6 @@ class Database:
                 text = f"a listener to the session's commit raised {exc!r} after it"
                 raise ResultLostError(text) from exc
             self._commits.roll_back()
-            if not isinstance(exc, DBAPIError):
-                raise
             committing = phase is Phase.COMMITTING
             if not (committing and drivers.leaves_commit_unknown(exc)):
                 raise
@@ -360,7 +365,7 @@ class Database:
         for entry in self._entries_in_use():
             text = f"the job {name} left a connection of current_engine() open"
             log.warning("%s; it is closed", text)
-            entry.invalidate()
+            give_back(entry)
             try:
                 warnings.warn(text, ResourceWarning, stacklevel=2)
             except ResourceWarning:  # made an error; the job is over
