@@ -241,7 +241,9 @@ def told(future: Future[Any]) -> dict[str, Any]:
         "cause": type(cause),
         "cause of cause": type(cause and cause.__cause__),
         # Of the job's own code; what is between it and the executor may differ.
-        "frames": re.findall(r'tests/(\w+)\.py", line (\d+), in (\w+)', str(cause)),
+        "frames": re.findall(
+            r'tests/support/(\w+)\.py", line (\d+), in (\w+)', str(cause)
+        ),
     }
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from dbpool_executor import errors
 
-README = Path(__file__).parent.parent / "README.md"
+README = Path(__file__).parent.parent.parent / "README.md"
 TEXT = README.read_text(encoding="utf-8")
 PROGRAM = re.compile(r"```python\n(.*?)```\n\n```text\n(.*?)```", re.DOTALL)
 PROGRAMS = PROGRAM.findall(TEXT)

@@ -21,7 +21,10 @@ import pytest
 import cpython_suite
 import dbpool_executor
 
-FOLDERS = (Path(__file__).parent, Path(dbpool_executor.__file__).parent.parent)
+FOLDERS = (
+    Path(cpython_suite.__file__).parent,
+    Path(dbpool_executor.__file__).parent.parent,
+)
 
 LONGEST_RUN = 540  # seconds; each single test is bounded by the program itself
 

@@ -18,7 +18,7 @@ import pytest
 import dbpool_executor
 
 PACKAGE = Path(dbpool_executor.__file__).parent.parent
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
 OURS = "dbpool_executor"
 STANDARD = "ProcessPoolExecutor"
 SCENARIOS = [

@@ -20,8 +20,8 @@ import pytest
 
 import servers
 
-ROOT = Path(__file__).parent.parent
-MODULES = {path.name for path in (ROOT / "dbpool_executor").glob("*.py")}
+ROOT = Path(__file__).parent.parent.parent
+MODULES = {str(path.relative_to(ROOT)) for path in ROOT.glob("dbpool_executor/**/*.py")}
 LONGEST = 100.0  # seconds
 
 PROGRAM = """
@@ -112,7 +112,7 @@ def test_sdist_holds_what_is_needed_to_build_and_test_it(sdist):
         paths = {PurePosixPath(*PurePosixPath(n).parts[1:]) for n in archive.getnames()}
     names = {str(path) for path in paths}
     assert {"pyproject.toml", "README.md", "LICENSE", "PKG-INFO"} <= names
-    assert {f"dbpool_executor/{module}" for module in MODULES} <= names
+    assert names >= MODULES
     assert {"dbpool_executor/py.typed", "tests/conftest.py"} <= names
     assert {p.suffix for p in paths} & {".pyc", ".db", ".log"} == set()
 
@@ -124,8 +124,8 @@ def test_wheel_holds_the_package_alone(wheel):
         paths = [PurePosixPath(name) for name in archive.namelist()]
     (info,) = {p.parts[0] for p in paths} - {"dbpool_executor"}
     assert info.endswith(".dist-info")
-    ours = {p.name for p in paths if p.parts[0] == "dbpool_executor"}
-    assert ours == {*MODULES, "py.typed"}
+    ours = {str(p) for p in paths if p.parts[0] == "dbpool_executor"}
+    assert ours == {*MODULES, "dbpool_executor/py.typed"}
     assert any(p.parts[0] == info and p.name == "LICENSE" for p in paths)
 
 
