@@ -16,7 +16,6 @@ transaction.
 from __future__ import annotations
 
 import itertools
-import signal
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -31,10 +30,9 @@ from sqlalchemy import URL, Engine
 from .._dispatch.dispatcher import Dispatcher
 from .._dispatch.job import failed_job
 from .._dispatch.stats import Stats
-from .._launch.handle import KILL
 from .._launch.local import LocalWorker
 from .._launch.quiesce import AnyEngine, engines_of, prepare
-from .._wire.calls import pack_call
+from .._wire.calls import pack_call, pack_short
 from .._wire.logs import levels_set
 from .._wire.options import DEFAULTS, JobOptions
 from .._worker.main import WorkerSetup, run_chunk
@@ -83,13 +81,16 @@ class _JobExecutor(Executor):
                 process that made it.
             WorkerStartError: Workers cannot start; the executor is broken.
         """
-        try:
-            name, call = pack_call(fn, args, kwargs)
-        except Exception as exc:
-            self._dispatcher.check_owner()
-            self._dispatcher.check_open()
-            return failed_job(exc)
-        return self._dispatcher.add(name, call, self._options)
+        # Not in the block: what a signal's handler raises is no fault of the call.
+        packed = pack_short(fn, args, kwargs)
+        if packed is None:
+            try:
+                packed = pack_call(fn, args, kwargs)
+            except Exception as exc:
+                self._dispatcher.check_owner()
+                self._dispatcher.check_open()
+                return failed_job(exc)
+        return self._dispatcher.add(*packed, self._options)
 
     def map(
         self,
@@ -313,11 +314,11 @@ class DBPoolExecutor(_JobExecutor):
         A job that is running ends with what its transaction came to, as for any worker
         that dies. Afterwards the executor is shut down.
         """
-        self._dispatcher.stop_workers(signal.SIGTERM)
+        self._dispatcher.signal_workers(LocalWorker.terminate)
 
     def kill_workers(self) -> None:
         """Do as :meth:`terminate_workers` does, with SIGKILL."""
-        self._dispatcher.stop_workers(KILL)
+        self._dispatcher.signal_workers(LocalWorker.kill)
 
     def stats(self) -> Stats:
         """Count workers and jobs.

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
-from typing import Generic, TypeVar
+from typing import Generic, NoReturn, TypeVar
 
 T = TypeVar("T")
 
@@ -41,13 +41,12 @@ class Results(Iterator[T], Generic[T]):
 
     def __next__(self) -> T:
         self._is_begun = True
-        if self._owes_one and self._stopped is None:
-            self._submit_next()
-        if not self._futures:
-            stopped, self._stopped = self._stopped or StopIteration(), None
-            raise stopped
-        self._owes_one = True
         try:
+            if self._owes_one and self._stopped is None:
+                self._submit_next()
+            if not self._futures:
+                self._stop()
+            self._owes_one = True
             return _result(self._futures.popleft(), self._deadline)
         except BaseException:
             self.close()
@@ -65,6 +64,14 @@ class Results(Iterator[T], Generic[T]):
         # arguments of map() raised.
         if getattr(self, "_is_begun", False):
             self.close()
+
+    def _stop(self) -> NoReturn:
+        if self._stopped is None:
+            raise StopIteration
+        try:
+            raise self._stopped
+        finally:
+            self._stopped = None  # else its traceback and this hold each other
 
     def _submit_next(self) -> None:
         self._owes_one = False

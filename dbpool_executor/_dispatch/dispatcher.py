@@ -12,6 +12,7 @@ import os
 import selectors
 import threading
 import time
+from _thread import start_new_thread
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -19,7 +20,7 @@ from contextlib import suppress
 
 from .._forks import process_id
 from .._forks.ends import make_ends
-from .._launch.handle import WorkerHandle
+from .._launch.local import LocalWorker
 from .._wire.calls import Call, Name, pack_call
 from .._wire.channel import Kind, Message
 from .._wire.logs import handle_record
@@ -28,6 +29,7 @@ from .._worker.main import outcome_of_transaction
 from ..errors import DBPoolError, Outcome, OutcomeUnknownError, WorkerDiedError
 from . import pace
 from .fast_lane import Offers
+from .flag import Flag
 from .fleet import Worker, Workers
 from .interpreter_exit import at_exit
 from .job import Job, Told, end_unasked, read
@@ -38,7 +40,6 @@ from .verdict import Ending, resolved_error
 _FAILURE_PARTS = 3
 _WAY_SECONDS = 5e-5  # for which a caller gives way
 _WAY_EVERY = 5e-4  # seconds, at most, to a thread that is late
-_NOTICE_SECONDS = 0.2  # after which a lost Ctrl-C is noticed
 _LONG_PICKLE = 1 << 20  # bytes, which may be hundreds of thousands of objects
 
 log = logging.getLogger("dbpool_executor")
@@ -58,7 +59,7 @@ class Dispatcher:
 
     def __init__(
         self,
-        start_worker: Callable[[], WorkerHandle],
+        start_worker: Callable[[], LocalWorker],
         prepare: Callable[[], None],
         max_workers: int,
         max_jobs: int | None,
@@ -79,8 +80,10 @@ class Dispatcher:
         self._closing = False
         self._cancelling = False
         self._sparing = False  # what a worker would have by now
-        self._stop_signal: int | None = None  # by which all workers are to end
+        self._signal: Callable[[LocalWorker], None] | None = None
         self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()  # for who starts it
+        self._ended = Flag()  # it has nothing left to do
         # True while the thread sleeps and a new job would be something to do.
         self._listening = False
         # When the thread has something to do for the workers, on time.monotonic(): 0
@@ -167,7 +170,7 @@ class Dispatcher:
                 offer.is_open = False  # a later job must not overtake this one
                 self._waiting.append(job)
                 return False
-            job.read_answer = self._offers.read_answer
+            job.fast_lane = self._offers
         if offer.unsent != b"":
             self._wake()
         return True
@@ -234,19 +237,18 @@ class Dispatcher:
         thread = self._thread
         if thread is None or thread is threading.current_thread():
             return
-        end = math.inf if timeout is None else time.monotonic() + timeout
-        # Again and again: a Ctrl-C that comes when this thread has let go of the
-        # interpreter, and does not sleep yet, is raised only when it wakes.
-        while thread.is_alive() and (left := end - time.monotonic()) > 0:
-            thread.join(min(left, _NOTICE_SECONDS))
+        # Not Thread.join() alone: after an interrupt in there, up to CPython 3.12, a
+        # thread that goes on counts as ended.
+        if not self.is_copy() and self._ended.wait(timeout):
+            thread.join()
 
-    def stop_workers(self, number: int) -> None:
-        """End all workers, whatever they do, and cancel what waits.
+    def signal_workers(self, send: Callable[[LocalWorker], None]) -> None:
+        """End all workers now, whatever they do, and cancel what waits.
 
         Args:
-            number: The signal by which each ends.
+            send: What to do with each.
         """
-        self._stop_signal = number
+        self._signal = send
         self.shutdown(cancel=True)
 
     def health(self) -> str:
@@ -286,12 +288,30 @@ class Dispatcher:
 
     def _begin(self) -> None:
         self._prepare()
-        for _ in range(self._at_once):
+        # Fewer if it was interrupted before.
+        for _ in range(self._at_once - len(self._workers.all)):
             self._workers.start_one()
-        # Not a daemon: the exit of the interpreter closes it and waits for it.
-        thread = threading.Thread(target=self._run, name="DBPoolDispatcher")
-        thread.start()
-        self._thread = thread
+        # In a thread that no signal reaches: an interrupt in Thread.start() may leave a
+        # thread that waits for ever, or that nobody knows.
+        started = Flag()
+        start_new_thread(self._start_thread, (started,))
+        started.wait()
+        if self._thread is None:
+            raise RuntimeError("can't start new thread")
+
+    def _start_thread(self, started: Flag) -> None:
+        try:
+            with self._starting:
+                if self._thread is None:
+                    # Not a daemon: the exit of the interpreter closes and joins it.
+                    self._thread = threading.Thread(
+                        target=self._run, name="DBPoolDispatcher", daemon=False
+                    )
+                    self._thread.start()
+        except RuntimeError:
+            self._thread = None
+        finally:
+            started.set()
 
     # -- The thread -----------------------------------------------------------------
 
@@ -304,7 +324,10 @@ class Dispatcher:
             log.critical("the dispatcher failed, its jobs are lost", exc_info=True)
             self._abandon()
         finally:
-            self._free()
+            try:
+                self._free()
+            finally:
+                self._ended.set()
 
     def _is_ending(self) -> bool:
         return self._closing or self._workers.failure is not None
@@ -323,10 +346,11 @@ class Dispatcher:
     def _act(self) -> None:
         """Do all that can be done without waiting."""
         workers = self._workers
-        if self._stop_signal is not None:
-            number, self._stop_signal = self._stop_signal, None
+        if self._signal is not None:
+            send, self._signal = self._signal, None
             self._killed = True
-            workers.stop_all(number)
+            for worker in workers.all.values():
+                send(worker.body)
         if self._repeats:
             self._waiting += self._repeats.due()
         if workers.failure is not None:
@@ -384,8 +408,6 @@ class Dispatcher:
                 with suppress(BlockingIOError):
                     self._ear.recv(4096)
                 continue
-            if worker.body.number not in workers.all:
-                continue  # it was buried by another of its events
             if is_long_told and not worker.body.channel.is_between_messages:
                 # That is settled before the rest of another long one is read: a worker
                 # that waits for it leaves this thread a processor.
@@ -394,10 +416,6 @@ class Dispatcher:
             if key.fileobj is worker.body.answers:
                 self._receive_answers(worker)
                 continue
-            if key.fileobj is worker.body.end:
-                # What it has sent is there. A process that it forked may hold its ends,
-                # and theirs would not come for as long.
-                worker.body.channel.is_final = True
             if mask & selectors.EVENT_WRITE:
                 workers.watch(worker, sent=worker.body.channel.flush())
             if mask & selectors.EVENT_READ:

@@ -11,6 +11,7 @@ the offer that stands.
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import selectors
@@ -23,6 +24,7 @@ from .._forks.ends import make_ends
 from .._wire.calls import loads_result
 from .._wire.channel import Channel, Kind, Message, frame, unframe
 from .batches import messages_for
+from .flag import seconds_to_sleep
 from .job import Job
 
 if TYPE_CHECKING:
@@ -183,22 +185,37 @@ class Offers:
             return timeout
         start = time.monotonic()
         try:
-            if not self._read(offer, handover, timeout):
+            if not self._read(job, offer, handover, timeout):
                 self._wake()
         except BaseException:
             self._wake()
             raise
         return None if timeout is None else timeout - (time.monotonic() - start)
 
-    def _read(self, offer: Offer, handover: _Handover, timeout: float | None) -> bool:
+    def call_dispatcher(self) -> None:
+        """Have the dispatcher see to a job that somebody has just asked for."""
+        offer = self.standing
+        # Read by another thread, which may be about to find the job asked for; or by one
+        # that a signal has interrupted, as often as it may have been.
+        if offer is not None and (offer.is_read or offer.told is not None):
+            self._wake()
+
+    def _read(
+        self, job: Job, offer: Offer, handover: _Handover, timeout: float | None
+    ) -> bool:
         """Read the answer, and say whether nothing is left to do for the dispatcher."""
         me = object()
         try:
             with self._lock:
                 if self.standing is not offer or not offer.is_open or self._reader:
                     return True
+                if offer.is_read:
+                    return False  # by somebody who was interrupted
                 self._reader = me
                 offer.is_read = True
+                # Looked at after that, against call_dispatcher().
+                if job.is_asked_for():
+                    return False
                 wait = handover.give(offer.channel.fileno())
             wait(timeout, soon=offer.is_soon)
         finally:
@@ -280,12 +297,14 @@ class _Handover:
                 end = time.monotonic() + _SPIN_SECONDS
                 while not (ready := poll.poll(0)) and time.monotonic() < end:
                     os.sched_yield()  # the worker may have no other processor
-            if not ready:
+            over = math.inf if timeout is None else time.monotonic() + timeout
+            while not ready:
+                seconds = seconds_to_sleep(over)
                 ready = poll.poll(
-                    None
-                    if timeout is None
-                    else min(max(timeout, 0.0) * 1e3, _LONGEST_POLL)
+                    None if seconds is None else min(seconds * 1e3, _LONGEST_POLL)
                 )
+                if time.monotonic() >= over:
+                    break
             if any(found != descriptor for found, _ in ready):
                 with suppress(OSError):
                     self._ear.recv(4096)

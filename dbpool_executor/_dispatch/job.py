@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import logging
 import pickle
-import threading
-from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Future, InvalidStateError
+from _thread import get_ident
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future, InvalidStateError
 from concurrent.futures._base import (
     CANCELLED,
     CANCELLED_AND_NOTIFIED,
     FINISHED,
+    LOGGER,
     PENDING,
     RUNNING,
 )
 from contextlib import suppress
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from .._forks.job_lock import job_lock
 from .._wire.calls import Call, Name, loads_result
@@ -26,49 +27,15 @@ from .._wire.channel import Kind, Message
 from .._wire.exceptions import loads_exception, set_cause
 from .._wire.options import DEFAULTS, JobOptions
 from ..errors import JobTimeoutError, Outcome, OutcomeUnknownError, ResultLostError
+from .asked import Asked, Condition, Waiters
 
 log = logging.getLogger("dbpool_executor")
 
 
-# Who has it enters no condition, since who is in one may want it to make another. So
-# nothing is called inside where a handler of a signal could run. And Ctrl-C cannot come
-# between it and the block that lets go of it, as with a condition, whose entry is a Python
-# function.
+# Nothing is called inside where a handler of a signal could run: it might wait for a job.
+# And no exception of one can come between it and the block that lets go of it, as with a
+# condition, whose entry is a Python function.
 _lock = job_lock
-
-
-class _Condition(threading.Condition):
-    """A condition of few objects.
-
-    It keeps no methods of its lock and no deque: of what is waited for by ``wait()`` or
-    ``as_completed()`` there may be thousands, and the collector of garbage would look at
-    them all.
-    """
-
-    __slots__ = ("_lock", "_waiters")
-
-    def __init__(self) -> None:
-        self._lock: Any = threading.RLock()
-        self._waiters: Collection[Any] = ()
-
-    def wait(self, timeout: float | None = None) -> bool:
-        self._waiters = self._waiters or []
-        return super().wait(timeout)
-
-    def acquire(self, *args: Any, **kwargs: Any) -> bool:
-        return bool(self._lock.acquire(*args, **kwargs))
-
-    def release(self) -> None:
-        self._lock.release()
-
-    def _is_owned(self) -> bool:
-        return bool(self._lock._is_owned())
-
-    def _release_save(self) -> object:
-        return self._lock._release_save()
-
-    def _acquire_restore(self, state: object) -> None:
-        self._lock._acquire_restore(state)
 
 
 Told = Message | bytes | int | BaseException
@@ -76,7 +43,26 @@ Told = Message | bytes | int | BaseException
 or an error of the parent's."""
 
 _End: TypeAlias = "tuple[Job, object]"
-_ReadAnswer: TypeAlias = "Callable[[Job, float | None], float | None]"
+_UNDER_WAY = (PENDING, RUNNING)
+_CANCELLED = (CANCELLED, CANCELLED_AND_NOTIFIED)
+
+
+class FastLane(Protocol):
+    """Where callers send jobs and read their answers by themselves."""
+
+    def read_answer(self, job: Job, timeout: float | None) -> float | None:
+        """Wait for an answer in the place of the dispatcher, if that may be.
+
+        Args:
+            job: Of it.
+            timeout: Seconds to wait at most; None for no bound.
+
+        Returns:
+            The seconds that are left.
+        """
+
+    def call_dispatcher(self) -> None:
+        """Have the dispatcher see to a job that somebody has just asked for."""
 
 
 class Job(Future[Any]):
@@ -86,11 +72,13 @@ class Job(Future[Any]):
     garbage to look at again and again. It raises its exception also when that is falsy:
     ``Future.result()`` asks for its truth up to CPython 3.13.0 and returns None.
 
-    What happens to nearly each job takes a short way here, under a lock that all jobs
-    share, so that a group of short ones goes through all of it at once. What is not usual
-    takes the way of :class:`Future`, which enters its condition before all else. That is
-    made when somebody asks for it, and closes the short way. It has a lock of its own:
-    ``as_completed()`` enters those of several futures in the order of their addresses.
+    What happens to nearly each job takes a fast path, under a lock that all jobs share,
+    so that a group of short ones goes through all of it at once. The first who waits for
+    a job, or wants to be told, closes it.
+
+    Of :class:`Future` nothing is left that enters a condition. An exception that a
+    signal's handler raises strikes anywhere in the main thread, and what it leaves undone
+    the dispatcher does, which no signal reaches.
 
     Args:
         name: Of the function of a short call; None if the call is a pickle.
@@ -98,36 +86,34 @@ class Job(Future[Any]):
         options: How it is run.
 
     Attributes:
+        status: One of the states of a future.
         number: Which job it is in the life of the worker that has it.
         deliveries: Workers that died over it before they had begun it.
         attempts: How often it has failed.
-        read_answer: Waits for the answer in the place of the dispatcher, if it may, and
-            gives the seconds that are left; takes the job and the seconds.
+        fast_lane: Where callers read its answer, if it was sent there.
     """
 
     # What is added late to a dictionary takes more memory, and more time.
     __slots__ = (
-        "_done_callbacks",
+        "_asked",
         "_exception",
-        "_made_condition",
         "_result",
-        "_state",
-        "_waiters",
         "call",
         "name",
         "number",
         "options",
+        "status",
     )
 
     # Nearly no job has its own.
-    read_answer: _ReadAnswer | None = None
+    fast_lane: FastLane | None = None
     deliveries = 0
     attempts = 0
 
     def __init__(self, name: Name | None, call: Call, options: JobOptions) -> None:
         # Not Future's own. A test compares what the two have.
-        self._made_condition: _Condition | None = None
-        self._state = PENDING
+        self._asked: Asked | None = None
+        self.status = PENDING
         self._result = None
         self._exception = None
         self.name = name
@@ -135,24 +121,55 @@ class Job(Future[Any]):
         self.options = options
         self.number = 0
 
+    # -- For the standard library -----------------------------------------------------
+
     @property
-    def _condition(self) -> _Condition:  # type: ignore[override]
-        if self._made_condition is None:
-            condition = _Condition()
-            waiters: list[Any] = []
-            callbacks: list[Callable[[Future[Any]], object]] = []
-            with _lock:
-                if self._made_condition is None:  # no other thread was faster
-                    self._waiters = waiters
-                    self._done_callbacks = callbacks
-                    self._made_condition = condition
-        return self._made_condition
+    def _state(self) -> str:  # type: ignore[override]
+        asked = self._asked
+        if asked is None or not asked.views:
+            return self.status
+        return asked.views.get(get_ident(), self.status)
+
+    @property
+    def _condition(self) -> Condition:  # type: ignore[override]
+        return Condition(self)
+
+    @property
+    def _waiters(self) -> Waiters:  # type: ignore[override]
+        return Waiters(self)
+
+    @property
+    def _done_callbacks(self) -> list[Callable[[Future[Any]], object]]:
+        return [*self.ask().callbacks]
 
     # -- For whoever holds the future ---------------------------------------------
 
     def done(self) -> bool:
         """Say whether it was cancelled, or has a result or an exception."""
-        return self._state == FINISHED or super().done()
+        return self.status not in _UNDER_WAY
+
+    def running(self) -> bool:
+        """Say whether it was sent to a worker, and is not done."""
+        return self.status == RUNNING
+
+    def cancelled(self) -> bool:
+        """Say whether it was cancelled."""
+        return self.status in _CANCELLED
+
+    def cancel(self) -> bool:
+        """Cancel it, unless it was sent to a worker.
+
+        Returns:
+            Whether it is cancelled.
+        """
+        with _lock:
+            if self.status == PENDING:
+                self.status = CANCELLED
+        if not self.cancelled():
+            return False
+        # Also if it was before: that may have been interrupted here.
+        self._call_back()
+        return True
 
     def result(self, timeout: float | None = None) -> Any:
         """Wait for the job and return its result.
@@ -165,64 +182,158 @@ class Job(Future[Any]):
             CancelledError: The future was cancelled.
             Exception: Whatever the job raised, or a DBPoolError.
         """
-        if self._state == FINISHED and self._exception is None:
-            return self._result
-        if self._state != FINISHED and self.read_answer is not None:
-            timeout = self.read_answer(self, timeout)
-        if self._state != FINISHED:
-            result = super().result(timeout)
-            if result is not None:
-                return result
-        error = self.exception() if self._exception is not None else None
-        if error is None:
+        if self.status != FINISHED:
+            if self.fast_lane is not None:
+                timeout = self.fast_lane.read_answer(self, timeout)
+            if self.status != FINISHED:
+                self._wait(timeout)
+        if self._exception is None:
             return self._result
         try:
-            raise error
+            raise self._exception
         finally:
-            del error  # else the traceback and this frame hold each other
+            del self  # else the traceback, this frame and the exception hold each other
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Wait for the job and return what it raised.
+
+        Args:
+            timeout: Seconds to wait at most; None for no bound.
+
+        Returns:
+            The exception; None if there is a result.
+
+        Raises:
+            TimeoutError: The job is not done by then.
+            CancelledError: The future was cancelled.
+        """
+        if self.status != FINISHED:
+            self._wait(timeout)
+        return self._exception
+
+    def add_done_callback(self, fn: Callable[[Future[Any]], object]) -> None:
+        """Have something called when it is done or cancelled; at once if it is.
+
+        Args:
+            fn: Takes the future. What it raises is logged.
+        """
+        asked = self.ask()
+        with _lock:
+            is_early = self.status in _UNDER_WAY
+            if is_early:
+                asked.callbacks += (fn,)
+        if is_early:
+            self.call_dispatcher()
+        else:
+            self._call(fn)
+
+    def _wait(self, timeout: float | None) -> None:
+        asked = self.ask()
+        self.call_dispatcher()
+        while self.status in _UNDER_WAY:
+            if not asked.wait(timeout):
+                raise TimeoutError
+        if self.status != FINISHED:
+            raise CancelledError
+
+    # -- For those who wait -----------------------------------------------------------
+
+    def ask(self) -> Asked:
+        """Give those who wait for it; from now on it takes the slow path."""
+        if self._asked is None:
+            asked = Asked()
+            with _lock:
+                if self._asked is None:  # no other thread was faster
+                    self._asked = asked
+        return self._asked
+
+    def is_asked_for(self) -> bool:
+        """Say whether somebody may have to be told when it is done."""
+        return self._asked is not None
+
+    def call_dispatcher(self) -> None:
+        """Have no caller read its answer, since another waits for it now."""
+        if self.fast_lane is not None:
+            self.fast_lane.call_dispatcher()
+
+    def tell(self, waiter: Any) -> None:
+        """Tell a waiter of ``wait()`` or ``as_completed()`` that it is done."""
+        if self.status != FINISHED:
+            waiter.add_cancelled(self)
+        elif self._exception is None:
+            waiter.add_result(self)
+        else:
+            waiter.add_exception(self)
+
+    def _call_back(self) -> None:
+        """Wake those who sleep and call the callbacks, each once."""
+        asked = self._asked
+        if asked is None:
+            return
+        asked.set()
+        while True:
+            with _lock:
+                callbacks = asked.callbacks
+                asked.callbacks = callbacks[1:]
+            if not callbacks:
+                return
+            self._call(callbacks[0])
+
+    def _call(self, fn: Callable[[Future[Any]], object]) -> None:
+        try:
+            fn(self)
+        except Exception:
+            LOGGER.exception("exception calling callback for %r", self)
 
     # -- For the executor -----------------------------------------------------------
 
     def take(self) -> bool:
         """Say whether it is still to be done; from now on it cannot be cancelled."""
         with _lock:
-            if self._state == PENDING and self._made_condition is None:
-                self._state = RUNNING
+            if self.status == PENDING:
+                self.status = RUNNING
         # Already: it was sent to a worker that did not begin it.
-        return self._state == RUNNING or self._take_asked()
+        return self.status == RUNNING or self._note_cancelled()
 
     def drop(self) -> bool:
         """Cancel it unless it was taken."""
         if not self.cancel():
             return False
-        self._take_asked()
+        self._note_cancelled()
         return True
 
     def refuse(self) -> bool:
         """Cancel it, if it is still to be taken and nobody else has it."""
         with _lock:
-            if self._state != PENDING or self._made_condition is not None:
+            if self.status != PENDING or self._asked is not None:
                 return False
-            self._state = CANCELLED
+            self.status = CANCELLED
         return True
 
-    def _take_asked(self) -> bool:
-        # Where as_completed() and wait() hear of a job that was cancelled, once.
-        if (
-            self._state != CANCELLED_AND_NOTIFIED
-            and self.set_running_or_notify_cancel()
-        ):
-            return True
+    def _note_cancelled(self) -> bool:
+        # Where as_completed() and wait() hear of a job that was cancelled, once. And what
+        # cancel() was to do, if that was interrupted.
+        waiters: list[Any] = []
+        with _lock:
+            if self.status == CANCELLED:
+                self.status = CANCELLED_AND_NOTIFIED
+                if self._asked is not None:
+                    waiters, self._asked.waiters = self._asked.waiters, []
+        for waiter in waiters:
+            self.tell(waiter)
+        self._call_back()
         self.call = _NO_CALL
         return False
 
-    def is_asked_for(self) -> bool:
-        """Say whether somebody may have to be told when it is done."""
-        return self._made_condition is not None
+    def set_running_or_notify_cancel(self) -> bool:
+        """Do as :meth:`take` does; for a future that nobody has taken."""
+        if self.status not in (PENDING, CANCELLED):
+            raise RuntimeError("Future in unexpected state")
+        return self.take()
 
-    def close_short_way(self) -> None:
+    def close_fast_path(self) -> None:
         """Have it end as if somebody had asked for it."""
-        self._condition  # noqa: B018 - it is made
+        self.ask()
 
     def lost(self, exc: BaseException) -> ResultLostError:
         """Give what it raises if its result does not unpickle."""
@@ -240,12 +351,36 @@ class Job(Future[Any]):
             Whether it has it now.
         """
         with _lock:
-            if self._state != RUNNING or self._made_condition is not None:
+            if self.status != RUNNING or self._asked is not None:
                 return False
             self._result = result
-            self._state = FINISHED
+            self.status = FINISHED
         self.call = _NO_CALL
         return True
+
+    def set_result(self, result: Any) -> None:
+        """Give it its result, and tell all who wait for it."""
+        self._finish(result, None)
+
+    def set_exception(self, exception: BaseException | None) -> None:
+        """Give it its exception, and tell all who wait for it."""
+        self._finish(None, exception)
+
+    def _finish(self, result: Any, error: BaseException | None) -> None:
+        waiters: list[Any] = []
+        with _lock:
+            is_open = self.status in _UNDER_WAY
+            if is_open:
+                self._result = result
+                self._exception = error
+                self.status = FINISHED
+                if self._asked is not None:
+                    waiters, self._asked.waiters = self._asked.waiters, []
+        if not is_open:
+            raise InvalidStateError(f"{self.status}: {self!r}")
+        for waiter in waiters:
+            self.tell(waiter)
+        self._call_back()
 
     def end(self, result: object, error: BaseException | None) -> None:
         """Give it its result or its exception, and tell all who wait for it."""
@@ -289,13 +424,13 @@ def taken(jobs: list[Job]) -> list[Job]:
     others = False
     with _lock:
         for job in jobs:
-            if job._state == PENDING and job._made_condition is None:
-                job._state = RUNNING
+            if job.status == PENDING and job._asked is None:
+                job.status = RUNNING
             else:
                 others = True
     if not others:
         return jobs
-    return [job for job in jobs if job._state == RUNNING or job.take()]
+    return [job for job in jobs if job.status == RUNNING or job.take()]
 
 
 def read(
@@ -305,7 +440,7 @@ def read(
 
     Returns:
         Their results, and the exceptions of those that have none, for which None stands
-        among the results. To those the short way is closed.
+        among the results. To those the fast path is closed.
     """
     results: list[Any] = []
     errors: dict[Job, BaseException] = {}
@@ -329,7 +464,7 @@ def read(
             error = loads_exception(error.parts)
         results.append(None)
         errors[job] = error
-        job.close_short_way()
+        job.close_fast_path()
     return results, errors
 
 
@@ -337,7 +472,7 @@ def end_unasked(jobs: Sequence[Job], results: Sequence[object]) -> list[_End]:
     """Give jobs their results, where nobody is to be told.
 
     Args:
-        jobs: They; to those that have no result the short way is closed.
+        jobs: They; to those that have no result the fast path is closed.
         results: In the same order.
 
     Returns:
@@ -346,9 +481,9 @@ def end_unasked(jobs: Sequence[Job], results: Sequence[object]) -> list[_End]:
     left = []
     with _lock:
         for job, result in zip(jobs, results, strict=True):
-            if job._state == RUNNING and job._made_condition is None:
+            if job.status == RUNNING and job._asked is None:
                 job._result = result
-                job._state = FINISHED
+                job.status = FINISHED
                 job.call = _NO_CALL
             else:
                 left.append((job, result))

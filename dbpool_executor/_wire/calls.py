@@ -57,13 +57,12 @@ Run = tuple[Function | None, list[Call]]
 _last: tuple[Function | None, Name] = None, ("", "")
 
 
-def pack_call(
+def pack_short(
     fn: Function, args: tuple[object, ...], kwargs: dict[str, object]
-) -> tuple[Name | None, Call]:
-    """Pickle a call for a worker, unless it is short.
+) -> tuple[Name | None, Call] | None:
+    """Pack a call of a module's function with a few atoms; none of its code is run.
 
-    Everything is copied here: what the caller changes later does not reach the job. A
-    short call is made of what nobody can change, and is pickled with others when it is
+    A short call is made of what nobody can change, and is pickled with others when it is
     sent, for a fifth of the cost.
 
     Args:
@@ -72,12 +71,7 @@ def pack_call(
         kwargs: Its keyword arguments.
 
     Returns:
-        The function's name and the call, if it is a short one; else None and the
-        pickle, for :func:`unpack_call`.
-
-    Raises:
-        NotPlainError: An argument is tied to a session or connection.
-        Exception: Whatever the pickling of an argument raises.
+        As of :func:`pack_call`; None if it is another call.
     """
     global _last
     # A pickler that asks for more costs more than all the rest of a short call, and so
@@ -105,6 +99,32 @@ def pack_call(
             if last is not fn:
                 _last = fn, name
             return (name, args) if is_short else (None, _dumps_call(name, args))
+    return None
+
+
+def pack_call(
+    fn: Function, args: tuple[object, ...], kwargs: dict[str, object]
+) -> tuple[Name | None, Call]:
+    """Pickle a call for a worker, unless it is short.
+
+    Everything is copied here: what the caller changes later does not reach the job.
+
+    Args:
+        fn: The function.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+
+    Returns:
+        The function's name and the call, if it is a short one; else None and the
+        pickle, for :func:`unpack_call`.
+
+    Raises:
+        NotPlainError: An argument is tied to a session or connection.
+        Exception: Whatever the pickling of an argument raises.
+    """
+    packed = pack_short(fn, args, kwargs)
+    if packed is not None:
+        return packed
     try:
         return None, with_code((fn, args, kwargs), pickled)
     except RefusedError as refused:

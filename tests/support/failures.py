@@ -330,15 +330,10 @@ def insert_and_loop(name: str) -> NoReturn:
         pass
 
 
-def insert_and_sleep(name: str) -> None:
+def insert_and_sleep(name: str, seconds: float = 600.0) -> None:
     """Write an item, and sleep."""
     jobs.insert_item(name)
-    sleep()
-
-
-def sleep() -> None:
-    """Sleep, for longer than any test waits."""
-    time.sleep(600)
+    time.sleep(seconds)
 
 
 def insert_and_go_on(name: str) -> None:

@@ -58,7 +58,7 @@ def in_thread(call: Any) -> threading.Thread:
 
 @pytest.mark.parametrize("value", [None, 0, "text"])
 def test_result_that_nobody_waits_for_is_there(value: object) -> None:
-    """It takes the short way, and is found by whoever comes later."""
+    """It takes the fast path, and is found by whoever comes later."""
     job = make_job()
     assert job.take()
     assert not end_unasked([job], [value])
@@ -72,29 +72,18 @@ def test_result_that_nobody_waits_for_is_there(value: object) -> None:
     assert wait([job], 0).done == {job}
 
 
-def test_short_way_is_closed_to_jobs_that_were_asked_for(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_fast_path_is_closed_to_jobs_that_were_asked_for() -> None:
     """And to what is cancelled, or done already, or closed it itself."""
-    long_way: list[Job] = []
-    take = Job.set_running_or_notify_cancel
-
-    def noted(job: Job) -> bool:
-        long_way.append(job)
-        return take(job)
-
-    monkeypatch.setattr(Job, "set_running_or_notify_cancel", noted)
     jobs = [make_job() for _ in range(6)]
     asked, _, cancelled, done, closed, job = jobs
     asked.add_done_callback(print)
     assert cancelled.cancel()
     assert taken([asked, cancelled, done, closed, job]) == [asked, done, closed, job]
-    assert long_way == [asked, cancelled]
     assert [j._state for j in jobs] == [
         "RUNNING", "PENDING", "CANCELLED_AND_NOTIFIED", "RUNNING", "RUNNING", "RUNNING"
     ]  # fmt: skip
     assert not end_unasked([done], [1])
-    closed.close_short_way()
+    closed.close_fast_path()
     left = end_unasked(jobs, range(6))
     assert left == list(zip(jobs, range(6), strict=True))[:-1]
     assert job.result(0) == 5
@@ -102,7 +91,7 @@ def test_short_way_is_closed_to_jobs_that_were_asked_for(
 
 
 def test_what_answers_bring_is_read_in_order() -> None:
-    """An exception comes by no short way, and only its own job has it."""
+    """An exception comes by no fast path, and only its own job has it."""
 
     def pickled(value: object) -> bytes:
         return b"".join(bytes(part) for part in dumps_result(value))
@@ -187,7 +176,7 @@ def test_whoever_asks_in_the_middle_of_the_short_way_hears_of_it_once(
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_forked_copy_may_ask_for_a_job_whatever_threads_did_at_the_fork() -> None:
-    """The lock of the short way is not taken for ever there."""
+    """The lock of the fast path is not taken for ever there."""
     entered, forking = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -224,9 +213,9 @@ def test_job_that_is_done_keeps_no_arguments() -> None:
 def test_future_has_what_every_future_has() -> None:
     """It does without ``Future.__init__``, whatever that may come to do."""
     ours, theirs = make_job(), vars(Future())
-    condition = ours._condition
-    assert isinstance(condition, type(theirs.pop("_condition")))
-    assert condition is ours._condition
+    assert hasattr(ours, "_condition")
+    assert list(ours._waiters) == theirs.pop("_waiters")
+    del theirs["_condition"]
     assert {name: getattr(ours, name) for name in theirs} == theirs
 
 
@@ -249,25 +238,48 @@ def test_collector_of_garbage_looks_at_a_fifth_for_a_future() -> None:
         gc.enable()
 
 
-def test_condition_is_let_go_of_however_often_it_was_entered() -> None:
-    """A signal's handler may ask for the future that the main thread has in hand."""
-    condition = make_job()._condition
-    entered = threading.Event()
+def test_future_that_changes_while_wait_looks_at_it_is_counted_once() -> None:
+    """``wait()`` locks nothing, and still sees all futures at one moment."""
 
-    def wait_inside() -> None:
-        with condition, condition:
-            entered.set()
-            assert condition.wait(LONGEST)
+    class Changes(Future[Any]):
+        """Stands among the futures, and has another done at a step of wait()."""
 
-    waiting = in_thread(wait_inside)
-    assert entered.wait(LONGEST)
-    assert condition.acquire(timeout=LONGEST)
-    condition.notify_all()
-    condition.release()
-    waiting.join(LONGEST)
-    assert not waiting.is_alive()
-    with pytest.raises(RuntimeError, match="un-acquired"):
-        condition.notify()
+        def __init__(self, when: int, call: Callable[[], object]) -> None:
+            self.steps = {when: call}
+            self.step = 0
+            super().__init__()
+
+        @property  # type: ignore[override]
+        def _state(self) -> str:
+            self.step += 1
+            self.steps.pop(self.step, int)()
+            return "FINISHED"
+
+        @_state.setter
+        def _state(self, _state: str) -> None: ...
+
+    for when in (1, 2):  # as it looks for those that are done, and when it counts
+        done, later = make_job(), make_job()
+        for future in (done, later):
+            future.set_running_or_notify_cancel()
+        changes = Changes(when, lambda future=done: future.set_result(1))
+        timer = threading.Timer(0.02, later.set_result, (2,))
+        timer.start()
+        assert not wait([done, changes, later], LONGEST).not_done
+        assert not changes.steps
+        timer.join()
+
+
+def test_view_of_an_interrupted_wait_is_not_seen_later() -> None:
+    """Neither by another wait(), nor in what is told of the future."""
+    future = make_job()
+    future.set_running_or_notify_cancel()
+    future._condition.acquire()
+    future.set_result(1)
+    assert future.done()
+    assert "finished" in repr(future)
+    future._condition.acquire()
+    assert wait([future], 0).done == {future}
 
 
 def test_each_who_waits_is_told() -> None:
