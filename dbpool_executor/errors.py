@@ -193,20 +193,27 @@ class JobTimeoutError(DBPoolError, TimeoutError):
         timeout: The limit, in seconds from the start of the job.
         outcome: ROLLED_BACK as a rule. If the worker had to be killed, what its
             transaction came to: UNKNOWN if COMMIT was under way by then.
+        done: What was done to the job, in words.
     """
 
     outcome: Outcome
 
-    def __init__(self, timeout: float, outcome: Outcome = Outcome.ROLLED_BACK) -> None:
-        super().__init__(timeout, outcome)
+    def __init__(
+        self,
+        timeout: float,
+        outcome: Outcome = Outcome.ROLLED_BACK,
+        done: str = "it was interrupted",
+    ) -> None:
+        super().__init__(timeout, outcome, done)
         self.timeout = timeout
         self.outcome = outcome
+        self.done = done
 
     def __str__(self) -> str:
         return (
-            f"the job was not done {self.timeout:g} s after its start, so its "
-            f"statement was cancelled (the job's outcome: {self.outcome.value}); give "
-            "it more time with options(timeout=...), or less to do"
+            f"the job was not done {self.timeout:g} s after its start, so {self.done} "
+            f"(the job's outcome: {self.outcome.value}); give it more time with "
+            "options(timeout=...), or less to do"
         )
 
 

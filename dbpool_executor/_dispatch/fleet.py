@@ -18,7 +18,7 @@ from typing import NamedTuple
 from .._launch.local import LocalWorker
 from .._wire.calls import Buffer
 from .._wire.exceptions import dumps_exception, loads_exception, set_cause
-from .._wire.phase import RECALL_DELAY
+from .._wire.phase import RECALL_DELAY, Phase
 from ..errors import Outcome, WorkerDiedError, WorkerStartError, describe_exit
 from . import pace, verdict
 from .batches import messages_for, next_jobs
@@ -26,6 +26,9 @@ from .fast_lane import Offer
 from .job import Job
 
 log = logging.getLogger("dbpool_executor")
+
+_LATE = 0.2  # seconds by which this process is not late, unless it was stopped
+_SPARED = 1.0  # seconds more for an answer that may be on its way
 
 LEAVE_GRACE = 5.0
 """Seconds for a worker that has only to leave to dispose its engine and end."""
@@ -75,6 +78,7 @@ class Worker:
     recalled: Recall | None = None  # since it has answered last
     has_unsent: bool = False  # its channel did not take all
     is_overdue: bool = False  # it is killed for the timeout of its job
+    was_spared: bool = False  # it was overdue, and perhaps only not listened to
     start_failure: Sequence[Buffer] | None = None
 
 
@@ -299,6 +303,7 @@ class Workers:
             self._note_durations(worker, count, nanoseconds)
             worker.since = time.monotonic()
             worker.recalled = None
+            worker.was_spared = False
             self._kill_at.pop(worker, None)
         if count or returned:
             self._note_sent_less(worker)
@@ -414,11 +419,28 @@ class Workers:
         now = time.monotonic()
         over = {w for w, deadline in self._kill_at.items() if deadline <= now}
         for worker in over.difference(spared):
+            if worker.sent and self._may_have_answered(worker, now):
+                continue
             worker.is_overdue = bool(worker.sent)
             what = "end its job in time" if worker.is_overdue else "leave"
             log.warning("worker %s did not %s, it is killed", worker.body.pid, what)
             del self._kill_at[worker]
             worker.body.kill()
+
+    def _may_have_answered(self, worker: Worker, now: float) -> bool:
+        """Say, once for each job, whether its answer may be on its way.
+
+        A process that was stopped for a while finds all deadlines past when it goes on,
+        and is told of them sooner than of the answers that have come (epoll_wait(2),
+        "EINTR").
+        """
+        if worker.was_spared:
+            return False
+        is_late = now - self._kill_at[worker] > _LATE
+        if is_late or worker.body.progress().phase is Phase.COMMITTED:
+            worker.was_spared = True
+            self._kill_at[worker] = now + _SPARED
+        return worker.was_spared
 
     def seconds_to_deadline(self, waiting: int) -> float | None:
         """Say how long the thread may sleep; None for no bound."""

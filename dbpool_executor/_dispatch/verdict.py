@@ -20,6 +20,11 @@ from ..errors import (
 )
 from .job import Job
 
+_KILLED = (
+    "its worker was killed; a statement that was not cancelled before may go on on the "
+    "server"
+)
+
 
 class Ending(NamedTuple):
     """What the end of a worker means for its jobs.
@@ -47,7 +52,7 @@ def error_at_end(died: WorkerDiedError, *, timeout: float | None = None) -> DBPo
     how = f"worker {died.pid} {describe_exit(died.exitcode)}"
     error: DBPoolError
     if timeout is not None:
-        error = JobTimeoutError(timeout, died.outcome)
+        error = JobTimeoutError(timeout, died.outcome, _KILLED)
     elif died.outcome is Outcome.COMMITTED:
         error = ResultLostError(f"{how} before it was sent")
     elif died.outcome is Outcome.UNKNOWN:

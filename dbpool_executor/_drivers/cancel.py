@@ -10,6 +10,7 @@ from typing import Any
 from sqlalchemy import Engine
 from sqlalchemy.pool import ConnectionPoolEntry
 
+from .errors import was_cancelled
 from .table import driver_of, told
 
 _SESSION = "dbpool_executor.session"
@@ -63,3 +64,20 @@ def cancel(engine: Engine, entry: ConnectionPoolEntry) -> bool:
     if callable(send := getattr(connection, "cancel", None)):
         send()
     return False
+
+
+def what_was_done(exc: BaseException | None, *, has_cancelled: bool) -> str:
+    """Say what was done to a job that took too long.
+
+    Args:
+        exc: What it raised then.
+        has_cancelled: Whether there is no statement that could not be cancelled.
+    """
+    if was_cancelled(exc):
+        return "its statement was cancelled"
+    if has_cancelled:
+        return "it was interrupted"
+    return (
+        "it was interrupted; what it had asked of the database may go on there, since "
+        "its driver could not cancel that"
+    )

@@ -32,11 +32,16 @@ class Alarm:
     """The time limit of the running job.
 
     Args:
-        cancel: Cancels the running statements on the server.
+        cancel: Cancels the running statements on the server, and says whether there is
+            none that it could not.
+
+    Attributes:
+        has_cancelled: What that has said last of the running job.
     """
 
-    def __init__(self, cancel: Callable[[], None]) -> None:
+    def __init__(self, cancel: Callable[[], bool]) -> None:
         self._cancel = cancel
+        self.has_cancelled = False
         # Guards the three below. Held while statements are cancelled, so that neither a
         # COMMIT nor the next job's statements can be under way meanwhile.
         self._changed = threading.Condition()
@@ -147,7 +152,8 @@ class Alarm:
                     self._changed.wait(_STATEMENT_GRACE)
 
     def _end_statement(self) -> None:
+        self.has_cancelled = False
         try:
-            self._cancel()
+            self.has_cancelled = self._cancel()
         except Exception:
             log.warning("a statement was not cancelled", exc_info=True)

@@ -227,8 +227,10 @@ class Database:
                 self.session.invalidate()
             self.engine.dispose()
             self.was_interrupted = True
-            error = JobTimeoutError(options.timeout or 0.0)
-            raise self._exact(error) from exc.__cause__
+            cause = exc.__cause__
+            done = cancel.what_was_done(cause, has_cancelled=self.alarm.has_cancelled)
+            error = JobTimeoutError(options.timeout or 0.0, done=done)
+            raise self._exact(error) from cause
         except DBPoolError as exc:
             self._exact(exc)
             raise
@@ -256,10 +258,14 @@ class Database:
             return False
         return drivers.is_transient(error)
 
-    def cancel_statements(self) -> None:
-        """Cancel what runs on the server for this worker; from any thread."""
-        for entry in self._entries_in_use():
-            cancel.cancel(self.engine, entry)
+    def cancel_statements(self) -> bool:
+        """Cancel what runs on the server for this worker; from any thread.
+
+        Returns:
+            Whether there is nothing that could not be cancelled.
+        """
+        told = [cancel.cancel(self.engine, entry) for entry in self._entries_in_use()]
+        return all(told)
 
     def dispose(self) -> None:
         """Close the engine's connections."""

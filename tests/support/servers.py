@@ -41,6 +41,9 @@ DRIVERS = {
     "postgresql-psycopg2": "postgresql+psycopg2",
     "mariadb-pymysql": "mysql+pymysql",
     "mariadb-mysqldb": "mysql+mysqldb",
+    "postgresql-pg8000": "postgresql+pg8000",
+    "mariadb-mysqlconnector": "mysql+mysqlconnector",
+    "mariadb-mariadbconnector": "mysql+mariadbconnector",
 }
 """The drivers of the servers, as SQLAlchemy names them, by the tests' own names."""
 

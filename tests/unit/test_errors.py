@@ -53,7 +53,7 @@ SAMPLES: list[DBPoolError] = [
     JobFailedError("shop.LocalError", "no stock", Outcome.UNKNOWN),
     JobExitedError("SystemExit(3)"),
     JobTimeoutError(2.5),
-    JobTimeoutError(2.5, Outcome.UNKNOWN),
+    JobTimeoutError(2.5, Outcome.UNKNOWN, "its worker was killed"),
     ResolveNotSupportedError("sqlite"),
     TransactionAbortedError("a database error aborted the transaction"),
     ArgumentsLostError("ModuleNotFoundError: No module named 'shop'"),
