@@ -12,7 +12,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import sqlalchemy
 from sqlalchemy import Connection, Engine, Result, ScalarResult
@@ -130,6 +130,8 @@ class BoundaryPickler(pickle.Pickler):
         remedy = remedy_for(cls)
         if remedy is not None:
             raise RefusedError(obj, remedy)
+        if cls is memoryview:  # psycopg2 reads binary columns as such
+            return bytes, (bytes(cast("memoryview", obj)),)
         reduce = _multiprocessing_reducers.get(cls)
         return NotImplemented if reduce is None else reduce(obj)
 

@@ -13,6 +13,8 @@ from sqlalchemy import Engine, event
 from sqlalchemy.pool import QueuePool, StaticPool
 
 from .._drivers.connections import is_in_memory
+from .._drivers.errors import is_known
+from .._drivers.table import KNOWN
 from .._forks.connections import module_level_name
 
 ASK_FOR_LIMIT = {
@@ -30,6 +32,15 @@ def notes_on(engine: Engine) -> list[str]:
         engine: What the engine factory returned.
     """
     notes = []
+    if not is_known(engine):
+        notes.append(
+            f"the engine factory returns {engine!r}, with a driver that this package "
+            f"does not know (it knows {', '.join(KNOWN)}): a COMMIT that fails is of "
+            "unknown outcome; retries repeats only what SQLAlchemy calls a lost "
+            "connection; an error that a job swallows may have undone more than its "
+            "statement; a timeout may leave a statement running on the server; and "
+            "connections may not be kept out of forked copies of their process"
+        )
     if is_in_memory(engine.url):
         notes.append(
             f"the engine factory returns {engine!r}, a database in memory: each worker "

@@ -148,8 +148,11 @@ def between(database: Database) -> Iterator[tuple[Proxy, Callable[..., Engine]]]
     url = database.url.set(host="127.0.0.1", port=proxy.port)
     if database.is_postgresql:
         # Nothing can be read inside TLS; and a socket's folder would win over a host.
-        url = url.difference_update_query(["host", "port"])
+        url = url.difference_update_query(["host", "port", "unix_sock"])
+    if database.is_postgresql and database.name != "postgresql-pg8000":
         url = url.update_query_dict({"sslmode": "disable"})
+    if database.name == "mariadb-mysqlconnector":
+        url = url.update_query_dict({"ssl_disabled": "true"})
     try:
         yield proxy, partial(create_engine, url)
     finally:
@@ -160,6 +163,8 @@ def between(database: Database) -> Iterator[tuple[Proxy, Callable[..., Engine]]]
 def _connect_to(url: URL) -> socket.socket:
     port = url.port or {"postgresql": 5432}.get(url.get_backend_name(), 3306)
     host = url.host or url.query.get("host")
+    if path := url.query.get("unix_sock"):
+        host = str(path).rpartition("/")[0]
     if isinstance(host, str) and host.startswith("/"):
         end = socket.socket(socket.AF_UNIX)
         end.connect(f"{host}/.s.PGSQL.{port}")

@@ -47,8 +47,11 @@ DRIVERS = {
 }
 """The drivers of the servers, as SQLAlchemy names them, by the tests' own names."""
 
-POSTGRESQLS = [name for name in DRIVERS if name.startswith("postgresql")]
-SERVERS = list(DRIVERS)
+OTHERS = ["postgresql-pg8000", "mariadb-mysqlconnector", "mariadb-mariadbconnector"]
+"""Drivers that only what differs between drivers is tested with."""
+
+SERVERS = [name for name in DRIVERS if name not in OTHERS]
+POSTGRESQLS = [name for name in SERVERS if name.startswith("postgresql")]
 DATABASES = ["sqlite", *SERVERS]
 
 
@@ -78,7 +81,7 @@ class Database:
     @property
     def is_postgresql(self) -> bool:
         """Whether a PostgreSQL server answers."""
-        return self.name in POSTGRESQLS
+        return self.name.startswith("postgresql")
 
     @property
     def is_mariadb(self) -> bool:
@@ -173,6 +176,10 @@ def sqlite_file(path: Path) -> Database:
 def on_server(name: str, url: URL) -> Database:
     """Give a database of a server as one driver reaches it."""
     url = url.set(drivername=DRIVERS[name])
+    folder = url.query.get("host")
+    if name == "postgresql-pg8000" and folder:
+        url = url.difference_update_query(["host", "port"])
+        url = url.update_query_dict({"unix_sock": f"{folder}/.s.PGSQL.5432"})
     return Database(name, url, functools.partial(create_engine, url))
 
 
