@@ -31,7 +31,7 @@ from contenders import CONTENDERS, OURS
 from database import execute, tables
 from scenarios import GOALS, SCENARIOS
 
-LONGEST_SAMPLE, LONGEST_QUICK_SAMPLE = 120.0, 30.0
+LONGEST_SAMPLE = 120.0
 """Seconds after which a sample is given up: some pools replace workers that fail for ever."""
 
 
@@ -39,14 +39,14 @@ class SampleError(Exception):
     """A sample could not be taken, or a result was wrong."""
 
 
-def take_sample(longest: float, *args: str) -> dict[str, float]:
+def take_sample(*args: str) -> dict[str, float]:
     """Run the program that measures, and leave none of its processes behind."""
     command = [sys.executable, Path(__file__).with_name("sample.py"), *args]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as program:
         try:
-            output, _ = program.communicate(timeout=longest)
+            output, _ = program.communicate(timeout=LONGEST_SAMPLE)
         except subprocess.TimeoutExpired as exc:
             raise SampleError("it takes too long") from exc
         finally:
@@ -70,7 +70,6 @@ def measure(
     for name in scenarios:
         scenario = SCENARIOS[name]
         size = scenario.quick if quick else scenario.size
-        longest = LONGEST_QUICK_SAMPLE if quick else LONGEST_SAMPLE
         turns = [other for other in scenario.contenders if other in contenders]
         found = samples[name] = {}
         with tables() if scenario.has_tables else contextlib.nullcontext():
@@ -79,9 +78,7 @@ def measure(
                 for contender in turns[first:] + turns[:first]:
                     print(f"{name}, round {turn + 1}: {contender}", file=sys.stderr)
                     try:
-                        figures = take_sample(
-                            longest, name, contender, str(workers), str(size)
-                        )
+                        figures = take_sample(name, contender, str(workers), str(size))
                     except SampleError as exc:
                         failures.append(f"{name}, {contender}: {exc}")
                         continue

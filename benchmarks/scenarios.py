@@ -203,11 +203,11 @@ def _insert(insert: Callable[[], list[int]], size: int) -> float:
     return seconds / size * 1e6
 
 
-def first_result(contender: Contender, _workers: int, _size: int) -> Figures:
+def first_result(contender: Contender, _workers: int, size: int) -> Figures:
     """Let a fresh interpreter make an executor, and then another one.
 
-    Four times, and the medians of the last three count: what is installed has its
-    bytecode, of a checkout it may have to be written first.
+    Once more than is asked for, and the medians of all but the first count: what is
+    installed has its bytecode, of a checkout it may have to be written first.
     """
     name = next(name for name, other in CONTENDERS.items() if other is contender)
     command = [sys.executable, Path(__file__).with_name("first.py"), name]
@@ -215,7 +215,7 @@ def first_result(contender: Contender, _workers: int, _size: int) -> Figures:
         k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"
     }
     times = []
-    for _ in range(4):
+    for _ in range(size + 1):
         done = subprocess.run(
             command, stdout=subprocess.PIPE, env=environment, check=True
         )
@@ -395,7 +395,7 @@ SCENARIOS = {
     "bytes-1mb": Scenario(partial(rate, BYTES), 100, 4, EXECUTORS),
     "rows-100k": Scenario(partial(rate, REPORT), 10, 2, EXECUTORS),
     "numpy-8mb": Scenario(partial(rate, ARRAY), 40, 4, EXECUTORS),
-    "first-result": Scenario(first_result, 1, 1, (OURS, STANDARD), True),
+    "first-result": Scenario(first_result, 3, 1, (OURS, STANDARD), True),
     "idle": Scenario(idle, 10, 1, FEW),
     "workers-1-to-64": Scenario(parent_cpu, 64, 2, FEW),
     "mixed-load": Scenario(mixed_load, 2_000, 100, FEW),

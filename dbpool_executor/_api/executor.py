@@ -16,6 +16,7 @@ transaction.
 from __future__ import annotations
 
 import itertools
+import signal
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,6 +31,7 @@ from sqlalchemy import URL, Engine
 from .._dispatch.dispatcher import Dispatcher
 from .._dispatch.job import failed_job
 from .._dispatch.stats import Stats
+from .._launch.handle import KILL
 from .._launch.local import LocalWorker
 from .._launch.quiesce import AnyEngine, engines_of, prepare
 from .._wire.calls import pack_call, pack_short
@@ -314,11 +316,11 @@ class DBPoolExecutor(_JobExecutor):
         A job that is running ends with what its transaction came to, as for any worker
         that dies. Afterwards the executor is shut down.
         """
-        self._dispatcher.signal_workers(LocalWorker.terminate)
+        self._dispatcher.stop_workers(signal.SIGTERM)
 
     def kill_workers(self) -> None:
         """Do as :meth:`terminate_workers` does, with SIGKILL."""
-        self._dispatcher.signal_workers(LocalWorker.kill)
+        self._dispatcher.stop_workers(KILL)
 
     def stats(self) -> Stats:
         """Count workers and jobs.

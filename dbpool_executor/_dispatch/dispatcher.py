@@ -20,7 +20,7 @@ from contextlib import suppress
 
 from .._forks import process_id
 from .._forks.ends import make_ends
-from .._launch.local import LocalWorker
+from .._launch.handle import WorkerHandle
 from .._wire.calls import Call, Name, pack_call
 from .._wire.channel import Kind, Message
 from .._wire.logs import handle_record
@@ -59,7 +59,7 @@ class Dispatcher:
 
     def __init__(
         self,
-        start_worker: Callable[[], LocalWorker],
+        start_worker: Callable[[], WorkerHandle],
         prepare: Callable[[], None],
         max_workers: int,
         max_jobs: int | None,
@@ -80,7 +80,7 @@ class Dispatcher:
         self._closing = False
         self._cancelling = False
         self._sparing = False  # what a worker would have by now
-        self._signal: Callable[[LocalWorker], None] | None = None
+        self._stop_signal: int | None = None  # by which all workers are to end
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()  # for who starts it
         self._ended = Flag()  # it has nothing left to do
@@ -242,13 +242,13 @@ class Dispatcher:
         if not self.is_copy() and self._ended.wait(timeout):
             thread.join()
 
-    def signal_workers(self, send: Callable[[LocalWorker], None]) -> None:
-        """End all workers now, whatever they do, and cancel what waits.
+    def stop_workers(self, number: int) -> None:
+        """End all workers, whatever they do, and cancel what waits.
 
         Args:
-            send: What to do with each.
+            number: The signal by which each ends.
         """
-        self._signal = send
+        self._stop_signal = number
         self.shutdown(cancel=True)
 
     def health(self) -> str:
@@ -346,11 +346,10 @@ class Dispatcher:
     def _act(self) -> None:
         """Do all that can be done without waiting."""
         workers = self._workers
-        if self._signal is not None:
-            send, self._signal = self._signal, None
+        if self._stop_signal is not None:
+            number, self._stop_signal = self._stop_signal, None
             self._killed = True
-            for worker in workers.all.values():
-                send(worker.body)
+            workers.stop_all(number)
         if self._repeats:
             self._waiting += self._repeats.due()
         if workers.failure is not None:
@@ -408,6 +407,8 @@ class Dispatcher:
                 with suppress(BlockingIOError):
                     self._ear.recv(4096)
                 continue
+            if worker.body.number not in workers.all:
+                continue  # it was buried by another of its events
             if is_long_told and not worker.body.channel.is_between_messages:
                 # That is settled before the rest of another long one is read: a worker
                 # that waits for it leaves this thread a processor.
@@ -416,6 +417,10 @@ class Dispatcher:
             if key.fileobj is worker.body.answers:
                 self._receive_answers(worker)
                 continue
+            if key.fileobj is worker.body.end:
+                # What it has sent is there. A process that it forked may hold its ends,
+                # and theirs would not come for as long.
+                worker.body.channel.is_final = True
             if mask & selectors.EVENT_WRITE:
                 workers.watch(worker, sent=worker.body.channel.flush())
             if mask & selectors.EVENT_READ:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from .._launch.local import LocalWorker
+from .._launch.handle import KILL, WorkerHandle
 from .._wire.calls import Buffer
 from .._wire.exceptions import dumps_exception, loads_exception, set_cause
 from .._wire.phase import RECALL_DELAY, Phase
@@ -68,7 +68,7 @@ class Recall(NamedTuple):
 class Worker:
     """A worker and what is known of it."""
 
-    body: LocalWorker
+    body: WorkerHandle
     state: State = State.STARTING
     sent: list[Job] = field(default_factory=list)  # in order, not yet answered
     last_number: int = 0  # of the jobs sent to it in its life, those taken back too
@@ -79,6 +79,7 @@ class Worker:
     has_unsent: bool = False  # its channel did not take all
     is_overdue: bool = False  # it is killed for the timeout of its job
     was_spared: bool = False  # it was overdue, and perhaps only not listened to
+    is_stopping: bool = False  # it is about to be ended, and gets no jobs
     start_failure: Sequence[Buffer] | None = None
 
 
@@ -94,7 +95,7 @@ class Workers:
 
     def __init__(
         self,
-        start: Callable[[], LocalWorker],
+        start: Callable[[], WorkerHandle],
         most: int,
         max_jobs: int | None,
         selector: selectors.BaseSelector,
@@ -103,7 +104,7 @@ class Workers:
         self._most = most
         self._max_jobs = max_jobs
         self._selector = selector
-        self.all: dict[int, Worker] = {}  # by process id
+        self.all: dict[int, Worker] = {}  # by the number of the handle
         self.idle: list[Worker] = []  # the last to become idle is the next to work
         self._offered: Worker | None = None
         self._short: dict[Worker, None] = {}  # busy, and may be sent more
@@ -160,10 +161,12 @@ class Workers:
         if self._ended > self.replaced:
             self.replaced += 1
             log.info("worker %s replaces one that has ended", body.pid)
-        worker = self.all[body.pid] = Worker(body)
+        worker = self.all[body.number] = Worker(body)
         self._starting += 1
         self._selector.register(body.channel, selectors.EVENT_READ, worker)
         self._selector.register(body.answers, selectors.EVENT_READ, worker)
+        if body.end is not None:
+            self._selector.register(body.end, selectors.EVENT_READ, worker)
         log.debug("worker %s was started", body.pid)
 
     def take_note(self, text: str) -> None:
@@ -178,7 +181,8 @@ class Workers:
         if worker.state is State.STARTING:
             self._starting -= 1
             worker.state = State.READY
-            self.idle.append(worker)
+            if not worker.is_stopping:
+                self.idle.append(worker)
         log.debug("worker %s is ready", worker.body.pid)
 
     @property
@@ -304,7 +308,8 @@ class Workers:
             worker.since = time.monotonic()
             worker.recalled = None
             worker.was_spared = False
-            self._kill_at.pop(worker, None)
+            if not worker.is_stopping:
+                self._kill_at.pop(worker, None)
         if count or returned:
             self._note_sent_less(worker)
 
@@ -372,6 +377,8 @@ class Workers:
         self.usual_seconds = pace.moving_average(self.usual_seconds, sample, jobs)
 
     def _note_sent_less(self, worker: Worker) -> None:
+        if worker.is_stopping:
+            return
         if worker.state is State.LEAVING:
             if not worker.sent:
                 self._kill_at[worker] = time.monotonic() + LEAVE_GRACE
@@ -419,13 +426,25 @@ class Workers:
         now = time.monotonic()
         over = {w for w, deadline in self._kill_at.items() if deadline <= now}
         for worker in over.difference(spared):
-            if worker.sent and self._may_have_answered(worker, now):
-                continue
-            worker.is_overdue = bool(worker.sent)
-            what = "end its job in time" if worker.is_overdue else "leave"
-            log.warning("worker %s did not %s, it is killed", worker.body.pid, what)
-            del self._kill_at[worker]
-            worker.body.kill()
+            if not worker.is_stopping:
+                if worker.sent and self._may_have_answered(worker, now):
+                    continue
+                worker.is_overdue = bool(worker.sent)
+                what = "end its job in time" if worker.is_overdue else "leave"
+                log.warning("worker %s did not %s, it is killed", worker.body.pid, what)
+            self._stop(worker, KILL)
+
+    def stop_all(self, number: int) -> None:
+        """Have all workers cancel what they have on a server, and end them by a signal."""
+        for worker in self.all.values():
+            self._stop(worker, number)
+
+    def _stop(self, worker: Worker, number: int) -> None:
+        worker.is_stopping = True
+        if worker in self.idle:
+            self.idle.remove(worker)
+        self._short.pop(worker, None)
+        self._kill_at[worker] = time.monotonic() + worker.body.stop(number)
 
     def _may_have_answered(self, worker: Worker, now: float) -> bool:
         """Say, once for each job, whether its answer may be on its way.
@@ -459,7 +478,9 @@ class Workers:
         """Judge a worker whose channel has ended, and free what is left of it."""
         self._selector.unregister(worker.body.channel)
         self._selector.unregister(worker.body.answers)
-        del self.all[worker.body.pid]
+        if worker.body.end is not None:
+            self._selector.unregister(worker.body.end)
+        del self.all[worker.body.number]
         self._short.pop(worker, None)
         self._kill_at.pop(worker, None)
         self._ended += 1
@@ -478,7 +499,8 @@ class Workers:
             case State.LEAVING:
                 self._leaving -= 1
             case State.READY if not worker.sent:
-                self.idle.remove(worker)
+                if worker in self.idle:
+                    self.idle.remove(worker)
                 log.info("%s while it was idle", how)
         if not worker.sent:
             return verdict.Ending([])

@@ -5,27 +5,29 @@ Runs in the parent. The only module that knows that a worker is a child process.
 
 from __future__ import annotations
 
-import signal
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from multiprocessing import forkserver, resource_tracker
+from collections.abc import Callable
+from multiprocessing import resource_tracker
 from multiprocessing.context import BaseContext
 
 from .._forks.connections import thorough
-from .._forks.ends import kept_by_child, make_ends, make_pipe
+from .._forks.ends import End, kept_by_child, make_ends, make_pipe
 from .._wire.channel import Channel
 from .._wire.phase import WORDS, PhaseRecord, Progress
 from .._wire.short_answers import AnswerReader
 from .._worker.main import SentSetup, WorkerSetup, begin, main
+from .forkserver import sigint_blocked, start_forkserver
+from .handle import KILL, worker_numbers
+from .process import ChildProcess, PidFd
 from .quiesce import prepare_fork
 
 _NAME = "DBPoolWorker"
-_END_GRACE = 1.0  # seconds for a process to end after its channel has
+_START_ATTEMPTS = 3  # if the forkserver is killed while it forks
+_STOP_GRACE = 1.0  # seconds for a worker to cancel its statements on the server
 
 
 class LocalWorker:
-    """A worker process of this machine, its channel and its phase record.
+    """A worker process of this machine: a :class:`WorkerHandle`.
 
     Args:
         context: Gives the start method.
@@ -38,6 +40,22 @@ class LocalWorker:
     """
 
     def __init__(self, context: BaseContext, setup: WorkerSetup) -> None:
+        self.number = next(worker_numbers)
+        self._stops = 0  # calls of stop()
+        attempts = _START_ATTEMPTS
+        while True:
+            attempts -= 1
+            try:
+                # With a channel of its own each time: what a forkserver that is gone
+                # has forked may be there.
+                self._start(context, setup)
+            except (ConnectionError, EOFError):
+                if context.get_start_method() != "forkserver" or not attempts:
+                    raise
+            else:
+                return
+
+    def _start(self, context: BaseContext, setup: WorkerSetup) -> None:
         start_method = context.get_start_method()
         forks = start_method == "fork"
         if forks:
@@ -46,7 +64,7 @@ class LocalWorker:
             # Its start would unblock SIGINT in this thread, which is blocked below.
             resource_tracker.ensure_running()
         if start_method == "forkserver":
-            _start_forkserver()
+            start_forkserver()
         words = context.RawArray("Q", WORDS)
         self._record = PhaseRecord(words)
         mine, theirs = make_ends()
@@ -54,26 +72,40 @@ class LocalWorker:
         self.channel = Channel(mine)
         read, written = make_pipe()
         self.answers = AnswerReader(read)
-        self._process = context.Process(  # type: ignore[attr-defined]
+        # Held by nobody else: its end tells the worker to end, see follow_parent().
+        lifeline, self._lifeline = make_pipe()
+        process = context.Process(  # type: ignore[attr-defined]
             target=main,
-            # What is pickled gets it with its name, and sooner.
-            args=(theirs if forks else None, SentSetup((setup, words, written))),
-            name=_NAME if forks else _FirstName(_NAME, theirs),
+            # What is pickled gets them with its name, and sooner.
+            args=(
+                (theirs, lifeline) if forks else None,
+                SentSetup((setup, words, written)),
+            ),
+            name=_NAME if forks else _FirstName(_NAME, theirs, lifeline),
         )
         try:
             with (
                 theirs,
                 written,
-                kept_by_child(theirs, written),
+                lifeline,
+                kept_by_child(theirs, written, lifeline),
                 thorough(),
-                _sigint_blocked(),
+                sigint_blocked(),
             ):
-                self._process.start()
+                self._process = ChildProcess(process)
         except BaseException:
-            self.channel.close()
-            self.answers.close()
+            self._close()
             raise
-        self.pid: int = self._process.pid
+
+    @property
+    def pid(self) -> int:
+        """The process id, for logs and errors alone."""
+        return self._process.pid
+
+    @property
+    def end(self) -> PidFd | None:
+        """Becomes readable when the process has ended, where the system has a pidfd."""
+        return self._process.end
 
     @property
     def bytes_received(self) -> int:
@@ -92,51 +124,34 @@ class LocalWorker:
         """Take back the jobs up to a number, see :meth:`PhaseRecord.recall`."""
         self._record.recall(number)
 
-    def terminate(self) -> None:
-        """Ask the system to end the worker with SIGTERM."""
-        self._process.terminate()
+    def stop(self, number: int = KILL) -> float:
+        """End the worker, each call by a stronger means, see :class:`WorkerHandle`."""
+        self._stops += 1
+        if self._stops == 1:
+            self._record.stop(number)
+            self._lifeline.close()
+        else:
+            self._process.send_to_tree(number if self._stops == 2 else KILL)
+        return _STOP_GRACE
 
     def kill(self) -> None:
-        """End the worker with SIGKILL."""
-        self._process.kill()
+        """End the worker at once, by SIGKILL, and the children of its jobs."""
+        self._process.send_to_tree(KILL)
 
     def bury(self) -> int | None:
-        """Free what is left of a worker whose channel has ended.
+        """Free what is left of a worker that has ended, or whose channel has.
 
         Returns:
-            The exit code, as in ``multiprocessing.Process.exitcode``.
+            The exit code, as in ``multiprocessing.Process.exitcode``; None if it is not
+            to be had.
         """
+        self._close()
+        return self._process.bury()
+
+    def _close(self) -> None:
         self.channel.close()
         self.answers.close()
-        # The channel ends with the process, unless the job closed it.
-        self._process.join(_END_GRACE)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
-        exitcode: int | None = self._process.exitcode
-        self._process.close()
-        return exitcode
-
-
-def _start_forkserver() -> None:
-    """Start the forkserver, unless it runs, with what each worker would import.
-
-    What the program has chosen to preload is left as it is; there is no public way to
-    ask for that.
-    """
-    ours = [
-        "__main__",
-        "dbpool_executor._worker.main",
-        "dbpool_executor._launch.last_preload",
-    ]
-    server = forkserver._forkserver
-    if getattr(server, "_preload_modules", None) == ["__main__"]:
-        server.set_forkserver_preload(ours)
-    # A Ctrl-C while it starts would print a traceback. But what the program itself
-    # starts through it would inherit that SIGINT is blocked: the last import undoes it.
-    undone = getattr(server, "_preload_modules", None) == ours
-    with _sigint_blocked() if undone else nullcontext():
-        forkserver.ensure_running()
+        self._lifeline.close()
 
 
 class _FirstName(str):
@@ -148,29 +163,15 @@ class _FirstName(str):
     told to nobody.
     """
 
-    __slots__ = ("_end",)
-    _end: socket.socket | None
+    __slots__ = ("_ends",)
+    _ends: tuple[socket.socket, End] | None
 
-    def __new__(cls, name: str, end: socket.socket) -> _FirstName:
+    def __new__(cls, name: str, end: socket.socket, lifeline: End) -> _FirstName:
         self = super().__new__(cls, name)
-        self._end = end
+        self._ends = end, lifeline
         return self
 
     def __reduce__(self) -> tuple[Callable[..., str], tuple[object, ...]]:
-        end, self._end = self._end, None
+        ends, self._ends = self._ends, None
         # It is pickled again, as the name of the process that is made there.
-        return (str, (str(self),)) if end is None else (begin, (str(self), end))
-
-
-@contextmanager
-def _sigint_blocked() -> Iterator[None]:
-    # The child inherits the mask: a Ctrl-C before it ignores SIGINT would print a
-    # traceback from the middle of its imports. It unblocks the signal itself.
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        return (str, (str(self),)) if ends is None else (begin, (str(self), *ends))

@@ -74,6 +74,8 @@ class Channel:
 
     Attributes:
         bytes_received: In its life.
+        is_final: Whether nothing more will come than what is there, though the stream
+            has not ended: the peer is gone, and a process that it forked holds its end.
     """
 
     def __init__(self, end: socket.socket) -> None:
@@ -84,6 +86,7 @@ class Channel:
         self._unsent: deque[Buffer] = deque()
         self._ending = False
         self.bytes_received = 0
+        self.is_final = False
 
     def fileno(self) -> int:
         """Give the descriptor, for a selector."""
@@ -103,7 +106,9 @@ class Channel:
             if self._large is not None:
                 return self._receive_large(self._large)
             data = self._end.recv(_READ_SIZE)
-        except (BlockingIOError, InterruptedError):
+        except (BlockingIOError, InterruptedError) as exc:
+            if self.is_final:
+                raise EOFError from exc
             return []
         except OSError as exc:
             # A peer that died with unread data of ours resets the stream. The system

@@ -8,6 +8,7 @@ job is meant by its number in the worker's life, counted from 1.
 from __future__ import annotations
 
 import enum
+import time
 from collections.abc import MutableSequence
 from typing import NamedTuple
 
@@ -21,6 +22,8 @@ class Phase(enum.IntEnum):
 
 
 _RUNNING = Phase.RUNNING.value
+_COMMITTING = Phase.COMMITTING
+_ALL = (1 << 64) - 1  # all jobs
 
 
 class Progress(NamedTuple):
@@ -62,7 +65,34 @@ class PhaseRecord:
 
     def advance(self, phase: Phase) -> None:
         """Note the phase of the job that was begun last."""
-        self._words[0] = self._begun << 2 | phase
+        words = self._words
+        before, words[0] = words[0], self._begun << 2 | phase
+        # First written, then read, against stop(), which writes first and then reads how
+        # far the job is: so no COMMIT begins that stop() has not seen.
+        if words[3] and phase is _COMMITTING:
+            words[0] = before
+            self.hold_if_stopped()
+
+    def stop(self, number: int) -> None:
+        """Have the worker begin no more jobs and no COMMIT, in either process.
+
+        Args:
+            number: The signal by which it is about to be ended.
+        """
+        self._words[3] = number
+        self._words[1] = _ALL
+
+    def stop_signal(self) -> int:
+        """Read by which signal the worker is about to be ended; 0 if it goes on."""
+        return self._words[3]
+
+    def hold_if_stopped(self) -> None:
+        """Wait for the end of the process, if the worker is about to be ended.
+
+        What its job does from there on is the fault of who ends it, and told by nobody.
+        """
+        while self._words[3]:
+            time.sleep(1.0)
 
     def read(self) -> Progress:
         """Read the record, in either process."""
@@ -83,10 +113,11 @@ class PhaseRecord:
         Which ones those are can be read after RECALL_DELAY, not at once: what one
         processor writes reaches the others a little later.
         """
-        self._words[1] = number
+        if not self._words[3]:
+            self._words[1] = number
 
 
-WORDS = 3
+WORDS = 4
 """Length of the array of a PhaseRecord."""
 
 RECALL_DELAY = 0.001

@@ -5,15 +5,10 @@ Runs in a worker. :func:`main` is named by the parent and imported by the child.
 
 from __future__ import annotations
 
-import faulthandler
 import gc
-import multiprocessing
-import os
-import select
 import signal
 import socket
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, MutableSequence, Sequence
@@ -41,6 +36,7 @@ from ..errors import ArgumentsLostError, Outcome
 from .engine_warnings import notes_on, watch_limit
 from .hard_exit import leave
 from .lookup import outcome_of
+from .parent_watch import ParentWatch
 from .transaction import NO_KEYWORDS, Database, current_engine, here
 
 T = TypeVar("T")
@@ -48,7 +44,6 @@ T = TypeVar("T")
 # To look up a member takes as long as to call a function (CPython 3.11).
 _RESULT, _FAILURE = Kind.RESULT, Kind.FAILURE
 _PACKAGE = __package__.partition(".")[0]
-_CANCEL_GRACE = 1.0  # seconds
 _NEW_OBJECTS = 10_000  # after which garbage is collected
 
 
@@ -64,6 +59,8 @@ class WorkerSetup(NamedTuple):
 
 
 _Setup = tuple[WorkerSetup, MutableSequence[int], End]
+Ends = tuple[socket.socket, End]
+"""The worker's ends of its channel and of its lifeline."""
 
 
 class SentSetup:
@@ -96,20 +93,24 @@ class SentSetup:
         return setup
 
 
-def main(end: socket.socket | None, sent: SentSetup) -> None:
+def main(ends: Ends | None, sent: SentSetup) -> None:
     """Run jobs until the parent has no more of them.
 
     Args:
-        end: The worker's end of its channel; None if :func:`begin` was given it.
+        ends: The worker's ends of its channel and of its lifeline; None if
+            :func:`begin` was given them.
         sent: What to make before the first job.
     """
     _take_over_signals()
     # Nothing of the interpreter's own end may run here: under fork and forkserver it
     # would act on what was inherited. The lowest priority is the last to run.
     Finalize(None, leave, exitpriority=-1000)
-    if end is None:
-        end, sys.excepthook = _begun, sys.__excepthook__
+    if ends is None:
+        ends, sys.excepthook = _begun, sys.__excepthook__
+    end, lifeline = ends
     own_end(end)
+    own_end(lifeline)
+    watch = ParentWatch(lifeline)
     channel = Channel(end)
     tell = partial(_tell, channel)
     # As it is by default, to add a thousand rows to a session is to have all of them
@@ -119,14 +120,13 @@ def main(end: socket.socket | None, sent: SentSetup) -> None:
     for note in bury_inherited():
         tell(note)
     databases: list[Database] = []  # none until it is made
-    _follow_parent(end, databases)
     try:
         try:
             setup, words, written = sent.load()
             own_end(written)
             # With records that go first, answers follow them.
             answers = AnswerWriter(written) if setup.log_levels is None else None
-            record = PhaseRecord(words)
+            record = watch.record = PhaseRecord(words)
             forwarder = None
             if setup.log_levels is not None:
                 from .log_forwarding import Forwarder
@@ -138,6 +138,7 @@ def main(end: socket.socket | None, sent: SentSetup) -> None:
                 forwarder.take_over(setup.log_levels)
             database = Database(setup.engine_factory, setup.session_options, record)
             databases.append(database)
+            watch.database = database
             here.database = database
             if forwarder is not None:
                 forwarder.uninterrupted = database.alarm.paused
@@ -161,22 +162,23 @@ def main(end: socket.socket | None, sent: SentSetup) -> None:
                 database.dispose()
 
 
-_begun: socket.socket
+_begun: Ends
 
 
-def begin(name: str, end: socket.socket) -> str:
+def begin(name: str, end: socket.socket, lifeline: End) -> str:
     """Begin a worker that is not a fork, before it imports the main module.
 
     Args:
         name: Of its process.
         end: Its end of its channel.
+        lifeline: Its end of that.
 
     Returns:
         The name.
     """
     global _begun
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _begun = end
+    _begun = end, lifeline
     sys.excepthook = _tell_failed_import
     return name
 
@@ -184,7 +186,8 @@ def begin(name: str, end: socket.socket) -> str:
 def _tell_failed_import(
     cls: type[BaseException], exc: BaseException, trace: TracebackType | None
 ) -> None:
-    Channel(_begun).send(Message(Kind.START_FAILURE, dumps_exception(exc)))
+    end, _ = _begun
+    Channel(end).send(Message(Kind.START_FAILURE, dumps_exception(exc)))
     sys.__excepthook__(cls, exc, trace)
 
 
@@ -248,6 +251,8 @@ def _serve(
                         and writer.write(number, answer, end - start)
                     )
                     if not is_given:
+                        if kind is _FAILURE:
+                            record.hold_if_stopped()
                         if database.was_interrupted:
                             # A cursor that nobody closed holds SQLite's lock as long as
                             # it lives, and the interrupt's frames may be a cycle.
@@ -299,35 +304,6 @@ def _tell(channel: Channel, text: str) -> None:
 
 def _send_record(channel: Channel, data: bytes) -> None:
     channel.send(Message(Kind.LOG, [data]))
-
-
-def _follow_parent(end: socket.socket, databases: Sequence[Database]) -> None:
-    """End this process with its parent, also in the middle of a statement."""
-
-    def follow() -> None:
-        _wait_for_parents_end(end)
-        # The server would go on with the statement of a client that is gone. It may be
-        # gone as well, and a driver that waits for it may hold the interpreter's lock:
-        # this timer needs none.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        faulthandler.dump_traceback_later(_CANCEL_GRACE, exit=True, file=nowhere)
-        with suppress(Exception):
-            for database in databases:
-                database.cancel_statements()
-        os._exit(1)
-
-    threading.Thread(target=follow, name="DBPoolFollower", daemon=True).start()
-
-
-def _wait_for_parents_end(end: socket.socket) -> None:
-    if hasattr(select, "poll"):
-        # For nothing but that the other end is closed. What multiprocessing waits for
-        # is held open by forked copies of the parent; this is not.
-        poll = select.poll()
-        poll.register(end, 0)
-        poll.poll()
-    elif (parent := multiprocessing.parent_process()) is not None:
-        parent.join()
 
 
 def _take_over_signals() -> None:

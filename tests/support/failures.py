@@ -330,10 +330,15 @@ def insert_and_loop(name: str) -> NoReturn:
         pass
 
 
-def insert_and_sleep(name: str, seconds: float = 600.0) -> None:
+def insert_and_sleep(name: str) -> None:
     """Write an item, and sleep."""
     jobs.insert_item(name)
-    time.sleep(seconds)
+    sleep()
+
+
+def sleep() -> None:
+    """Sleep, for longer than any test waits."""
+    time.sleep(600)
 
 
 def insert_and_go_on(name: str) -> None:

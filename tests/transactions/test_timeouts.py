@@ -16,7 +16,7 @@ import servers
 from dbpool_executor import JobTimeoutError, Outcome
 from processes import MakeExecutor, worker_pids
 from servers import Database
-from waiting import LONGEST, wait_until
+from waiting import LONGEST, Gate, wait_until
 
 Job = Callable[[str], object]
 
@@ -122,17 +122,25 @@ def test_worker_that_cannot_be_interrupted_is_killed(
 
 
 def test_time_in_the_queue_does_not_count(
-    sqlite_database: Database, make_executor: MakeExecutor
+    sqlite_database: Database, make_executor: MakeExecutor, gate: Gate
 ) -> None:
-    """The limit begins with the job: five of 0.3 s fit into limits of 1 s each."""
+    """The limit begins with the job, and not when the job is submitted.
+
+    A job waits behind another until one that was submitted later, elsewhere, has used up
+    the same limit.
+    """
     executor = make_executor(sqlite_database.make_engine, 1)
-    limited = executor.options(timeout=1.0)
-    futures = [
-        limited.submit(failures.insert_and_sleep, f"item {i}", 0.3) for i in range(5)
-    ]
-    for future in futures:
-        future.result(LONGEST)
-    assert sqlite_database.count() == 5
+    elsewhere = make_executor(sqlite_database.make_engine, 1, timeout=2.0)
+    elsewhere.submit(jobs.pid).result(LONGEST)
+    held = executor.submit(jobs.wait_at_gate, gate.address)
+    gate.arrival()
+    queued = executor.options(timeout=2.0).submit(jobs.insert_item, "queued")
+    late = elsewhere.submit(failures.sleep)
+    assert isinstance(late.exception(LONGEST), JobTimeoutError)
+    gate.open()
+    held.result(LONGEST)
+    queued.result(LONGEST)
+    assert sqlite_database.names() == {"queued"}
 
 
 def test_no_cancel_reaches_the_next_job(

@@ -22,7 +22,7 @@ from dbpool_executor._dispatch.dispatcher import Dispatcher
 from dbpool_executor._dispatch.fleet import Worker, Workers
 from dbpool_executor._dispatch.job import Job
 from dbpool_executor._forks.ends import make_ends, make_pipe
-from dbpool_executor._launch.local import LocalWorker
+from dbpool_executor._launch.handle import WorkerHandle
 from dbpool_executor._wire.calls import dumps_result, loads_calls
 from dbpool_executor._wire.channel import Channel, Kind, Message, frame
 from dbpool_executor._wire.options import DEFAULTS
@@ -37,7 +37,8 @@ class Body:
 
     def __init__(self) -> None:
         Body.count += 1
-        self.pid = Body.count
+        self.number = self.pid = Body.count
+        self.end = None
         mine, theirs = make_ends()
         mine.setblocking(False)
         theirs.setblocking(False)
@@ -50,6 +51,11 @@ class Body:
     def recall(self, number: int) -> None:
         """Do as a worker on this machine."""
         self.record.recall(number)
+
+    def stop(self, _number: int) -> float:
+        """Note that it was killed."""
+        self.is_killed = True
+        return 1.0
 
     def kill(self) -> None:
         """Note that it was killed."""
@@ -93,7 +99,7 @@ def workers() -> Iterator[Workers]:
     """Two workers that are idle; a job takes about one millisecond."""
     with selectors.DefaultSelector() as selector:
         start: Any = Body
-        workers = Workers(cast("type[LocalWorker]", start), 2, None, selector)
+        workers = Workers(cast("type[WorkerHandle]", start), 2, None, selector)
         for _ in range(2):
             workers.start_one()
         for worker in workers.all.values():
