@@ -36,7 +36,7 @@ _KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 class Cancels(Protocol):
     """Has statements on a server."""
 
-    def cancel_statements(self) -> None:
+    def cancel_statements(self) -> object:
         """Cancel what runs there; from any thread."""
 
 
