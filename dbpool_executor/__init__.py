@@ -16,6 +16,7 @@ from ._forks import connections as connections
 if TYPE_CHECKING:
     from . import errors as errors
     from ._api.executor import DBPoolExecutor
+    from ._dispatch.future import JobFuture
     from ._dispatch.stats import Stats
     from ._worker.transaction import current_engine, session
     from .errors import (
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
         TransactionAbortedError,
         WorkerDiedError,
         WorkerStartError,
+        outcome_of,
     )
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "DBPoolExecutor",
     "JobExitedError",
     "JobFailedError",
+    "JobFuture",
     "JobTimeoutError",
     "NotPlainError",
     "OpenConnectionsError",
@@ -55,12 +58,14 @@ __all__ = [
     "WorkerDiedError",
     "WorkerStartError",
     "current_engine",
+    "outcome_of",
     "session",
 ]
 
 # Where the names are that are not errors.
 _HOMES = {
     "DBPoolExecutor": "._api.executor",
+    "JobFuture": "._dispatch.future",
     "Stats": "._dispatch.stats",
     "current_engine": "._worker.transaction",
     "session": "._worker.transaction",

@@ -27,11 +27,16 @@ __all__ = [
     "WorkerDiedError",
     "WorkerStartError",
     "WorkerTraceback",
+    "outcome_of",
 ]
+
+OUTCOME_ATTRIBUTE = "_dbpool_executor_outcome"
+"""Under it the value of an outcome stands in an exception's ``__dict__``: a text, so that
+a process without this package can unpickle the exception."""
 
 
 class Outcome(enum.Enum):
-    """What is known of a failed job's transaction."""
+    """What is known of a job's transaction."""
 
     ROLLED_BACK = "rolled back"
     """The database holds nothing of the job. A promise."""
@@ -40,10 +45,11 @@ class Outcome(enum.Enum):
     """The job's function was never called. A promise."""
 
     COMMITTED = "committed"
-    """The database holds the job's work; its result alone is lost."""
+    """The database holds the job's work. Of a failed job its result alone is lost."""
 
     UNKNOWN = "unknown"
-    """COMMIT was under way: only the database can tell."""
+    """COMMIT was under way, or the job may have committed something by itself: only the
+    database can tell."""
 
 
 class DBPoolError(Exception):
@@ -55,6 +61,41 @@ class DBPoolError(Exception):
     """
 
     outcome: Outcome | None = None
+
+
+def outcome_of(error: BaseException) -> Outcome | None:
+    """Return what is known of the transaction of the job that an exception ended.
+
+    Works for every exception that a future of this package raised, the job's own ones
+    too, whichever way it came: ``result()``, ``exception()``, ``map()``,
+    ``asyncio.wrap_future()``, pickled and unpickled.
+
+    Args:
+        error: Any exception. One whose class pickles by a ``__reduce__`` of its own may
+            lose the outcome there; SQLAlchemy's do not.
+
+    Returns:
+        The outcome; None for an exception that ended no job.
+    """
+    if isinstance(error, DBPoolError):
+        return error.outcome
+    fields = fields_of(error)
+    # Pickled, an error of SQLAlchemy's keeps of its attributes only this one, which has
+    # it too.
+    value = fields.get(OUTCOME_ATTRIBUTE) or getattr(
+        fields.get("detail"), OUTCOME_ATTRIBUTE, None
+    )
+    # Where an error has it whose class guards its attributes.
+    if value is None and isinstance(error.__cause__, WorkerTraceback):
+        value = fields_of(error.__cause__).get(OUTCOME_ATTRIBUTE)
+    return None if value is None else Outcome(value)
+
+
+def fields_of(error: BaseException) -> dict[str, object]:
+    """Return an exception's ``__dict__``, whatever its class does with attributes."""
+    fields: dict[str, object]
+    fields = BaseException.__dict__["__dict__"].__get__(error)
+    return fields
 
 
 class NotPlainError(DBPoolError, TypeError):
@@ -291,8 +332,8 @@ class ResultLostError(DBPoolError, BrokenProcessPool):
 
     Args:
         text: What happened to the result.
-        outcome: COMMITTED as a rule; UNKNOWN for a job that was to commit for itself,
-            of which only the job knows whether it did.
+        outcome: COMMITTED as a rule; UNKNOWN for a job that was to commit for itself
+            and was not seen to.
     """
 
     outcome: Outcome
@@ -311,9 +352,10 @@ class ResultLostError(DBPoolError, BrokenProcessPool):
 
 
 class OutcomeUnknownError(DBPoolError, BrokenProcessPool):
-    """Contact was lost while COMMIT was under way.
+    """Contact was lost when the job was, or may have been, committed.
 
-    The ``__cause__`` is what ended the contact.
+    While COMMIT was under way, that is, or after the job may have committed something by
+    itself. The ``__cause__`` is what ended the contact.
 
     Args:
         text: What ended the contact.
@@ -327,8 +369,8 @@ class OutcomeUnknownError(DBPoolError, BrokenProcessPool):
 
     def __str__(self) -> str:
         return (
-            f"COMMIT was under way when {self.text}, so whether the job was committed "
-            "is not known; look for its rows in the database before you run it again"
+            f"{self.text}, and whether the job was committed by then is not known; look "
+            "for its rows in the database before you run it again"
         )
 
 
@@ -338,10 +380,13 @@ class WorkerDiedError(DBPoolError, BrokenProcessPool):
     Args:
         exitcode: As in ``multiprocessing.Process.exitcode``: a negative number is a
             signal; None if it could not be read.
-        pid: Process id of the worker, for the system's own log.
+        pid: Process id of the worker, for the system's own log; None if the executor
+            ended before a worker had the job.
         outcome: ROLLED_BACK if COMMIT had not begun, which is what ends a job with
             this error; NEVER_STARTED if worker after worker died before the job's
             function was called; UNKNOWN as the cause of an OutcomeUnknownError.
+        killed_for: Why the executor itself killed the worker, as a clause; None if it
+            did not.
     """
 
     outcome: Outcome
@@ -351,22 +396,31 @@ class WorkerDiedError(DBPoolError, BrokenProcessPool):
         exitcode: int | None,
         pid: int | None = None,
         outcome: Outcome = Outcome.ROLLED_BACK,
+        killed_for: str | None = None,
     ) -> None:
-        super().__init__(exitcode, pid, outcome)
+        super().__init__(exitcode, pid, outcome, killed_for)
         self.exitcode = exitcode
         self.pid = pid
         self.outcome = outcome
+        self.killed_for = killed_for
 
     def __str__(self) -> str:
-        when = {
-            Outcome.NEVER_STARTED: "before it could call the job's function",
-        }.get(self.outcome, "while it ran the job")
-        worker = "the worker" if self.pid is None else f"worker {self.pid}"
-        return (
-            f"{worker} {describe_exit(self.exitcode)} {when} (the job's "
-            f"outcome: {self.outcome.value}); the worker is replaced and other jobs "
-            "are not affected; see the job's own log or the system's for the reason"
+        if self.pid is None:
+            why = self.killed_for or "its workers were killed"
+            how = f"no worker had the job when the executor ended: {why}"
+        else:
+            had = "ran the job"
+            if self.outcome is Outcome.NEVER_STARTED:
+                had = "had not called the job's function yet"
+            end = describe_exit(self.exitcode, self.killed_for)
+            how = f"worker {self.pid}, which {had}, {end}"
+        remedy = (
+            "the worker is replaced and other jobs are not affected; see the job's own "
+            "log or the system's for the reason"
+            if self.killed_for is None
+            else "submit the job again if it is still wanted and its outcome allows it"
         )
+        return f"{how} (the job's outcome: {self.outcome.value}); {remedy}"
 
 
 class WorkerStartError(DBPoolError, BrokenProcessPool):
@@ -390,7 +444,7 @@ class WorkerStartError(DBPoolError, BrokenProcessPool):
         return (
             f"{self.attempts} workers in a row failed to start, the last one: "
             f"{self.text}; the executor is broken and its waiting jobs never started; "
-            "mend the engine factory, the initializer or the import that fails (see "
+            "fix the engine factory, the initializer or the import that fails (see "
             "the cause) and make a new executor"
         )
 
@@ -407,29 +461,32 @@ class WorkerTraceback(Exception):  # noqa: N818 - not raised: it is the cause of
 
 
 _LIKELY_CAUSES = {
-    "SIGKILL": "killed by the system for want of memory, or by kill -9",
+    "SIGKILL": "out of memory (OOM killer), or kill -9",
     "SIGSEGV": "a fault in an extension module",
     "SIGABRT": "an assertion in an extension module",
-    "SIGTERM": "asked to end by another process, or by terminate_workers()",
+    "SIGTERM": "sent by another process",
 }
 
 
-def describe_exit(exitcode: int | None) -> str:
+def describe_exit(exitcode: int | None, killed_for: str | None = None) -> str:
     """Say in words how a process ended.
 
     Args:
-        exitcode: As in ``multiprocessing.Process.exitcode``.
+        exitcode: As in ``multiprocessing.Process.exitcode``; None if it is not to be had.
+        killed_for: Why the executor itself killed it, as a clause; None if it did not.
 
     Returns:
-        A verb phrase, such as ``was ended by SIGKILL (…)`` or ``exited with code 3``.
+        A verb phrase, such as ``was killed by SIGKILL: …`` or ``exited with code 3``.
     """
+    if killed_for is not None:
+        return f"was killed by the executor itself: {killed_for}"
     if exitcode is None:
-        return "ended"
+        return "ended, and its exit status is not to be had"
     if exitcode >= 0:
         return f"exited with code {exitcode}"
     try:
         name = signal.Signals(-exitcode).name
     except ValueError:
-        return f"was ended by signal {-exitcode}"
+        return f"was killed by signal {-exitcode}"
     cause = _LIKELY_CAUSES.get(name)
-    return f"was ended by {name}" + (f" ({cause})" if cause else "")
+    return f"was killed by {name}" + (f": {cause}" if cause else "")

@@ -27,7 +27,7 @@ from ._dispatch.job import Job, read
 from ._drivers.errors import is_aborted
 from ._forks.connections import live_entries, pool_of
 from ._launch.quiesce import AnyEngine, _is_its_pool
-from ._wire.calls import Buffer, Call, Name, dumps_calls, loads_calls
+from ._wire.calls import Buffer, Call, Label, Name, dumps_calls, loads_calls
 from ._wire.channel import Kind, Message
 from ._wire.exceptions import dumps_exception
 from ._wire.options import DEFAULTS, JobOptions
@@ -150,7 +150,7 @@ class _InlineDispatcher(Dispatcher):
         self._is_ours = is_ours
         self._database: _InlineDatabase | None = None  # until the first job
 
-    def add(self, name: Name | None, call: Call, options: JobOptions) -> Job:
+    def add(self, name: Name | Label | None, call: Call, options: JobOptions) -> Job:
         self.check_owner()
         job = Job(name, call, options)
         with self._lock:
@@ -204,10 +204,11 @@ class _InlineDispatcher(Dispatcher):
             assert self._workers.failure is not None  # noqa: S101 - or it has started
             return self._workers.failure.error()
         options = self._database.adapted(job.options)
-        ((fn, (call,)),) = loads_calls(dumps_calls([(job.name, [job.call])]))
+        name = job.name if isinstance(job.name, tuple) else None
+        ((fn, (call,)),) = loads_calls(dumps_calls([(name, [job.call])]))
         while True:
             told = Message(*worker._run(self._database, fn, call, options))
-            if told.kind is Kind.RESULT:
+            if told.kind is not Kind.FAILURE:
                 return told
             job.attempts += 1
             # A fourth part says that it may succeed when it is repeated.

@@ -20,7 +20,7 @@ import signal
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor
 from functools import partial
 from multiprocessing.context import BaseContext
 from types import TracebackType
@@ -29,12 +29,14 @@ from typing import Any, ParamSpec, Self, TypeVar
 from sqlalchemy import URL, Engine
 
 from .._dispatch.dispatcher import Dispatcher
+from .._dispatch.future import JobFuture
 from .._dispatch.job import failed_job
 from .._dispatch.stats import Stats
 from .._launch.handle import KILL
 from .._launch.local import LocalWorker
 from .._launch.quiesce import AnyEngine, engines_of, prepare
 from .._wire.calls import pack_call, pack_short
+from .._wire.locate import name_of
 from .._wire.logs import levels_set
 from .._wire.options import DEFAULTS, JobOptions
 from .._worker.main import WorkerSetup, run_chunk
@@ -65,7 +67,7 @@ class _JobExecutor(Executor):
 
     def submit(
         self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
-    ) -> Future[T]:
+    ) -> JobFuture[T]:
         """Schedule a job: one call, run in a worker as one transaction.
 
         Args:
@@ -74,9 +76,9 @@ class _JobExecutor(Executor):
             **kwargs: Plain values for it; none of them is taken by the executor.
 
         Returns:
-            A future. Its result is there once the transaction is committed; what it
-            raises says what happened to the transaction, see
-            :mod:`dbpool_executor.errors`. A call that does not pickle fails there too.
+            A future. Its result is there once the transaction is committed; its
+            ``outcome``, and :func:`outcome_of` what it raises, say what happened to the
+            transaction. A call that does not pickle fails there too.
 
         Raises:
             RuntimeError: The executor was shut down, or this is a forked copy of the
@@ -91,7 +93,7 @@ class _JobExecutor(Executor):
             except Exception as exc:
                 self._dispatcher.check_owner()
                 self._dispatcher.check_open()
-                return failed_job(exc)
+                return failed_job(name_of(fn, args), exc)
         return self._dispatcher.add(*packed, self._options)
 
     def map(

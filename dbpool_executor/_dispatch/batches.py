@@ -57,7 +57,7 @@ def messages_for(jobs: Sequence[Job], number: int) -> list[Message]:
     messages = []
     for options, group in itertools.groupby(jobs, operator.attrgetter("options")):
         runs = [
-            (name, [job.call for job in run])
+            (None if isinstance(name, str) else name, [job.call for job in run])
             for name, run in itertools.groupby(group, operator.attrgetter("name"))
         ]
         encoded = dumps_options(options)

@@ -21,7 +21,7 @@ from contextlib import suppress
 from .._forks import process_id
 from .._forks.ends import make_ends
 from .._launch.handle import WorkerHandle
-from .._wire.calls import Call, Name, pack_call
+from .._wire.calls import Call, Label, Name, pack_call
 from .._wire.channel import Kind, Message
 from .._wire.logs import handle_record
 from .._wire.options import DEFAULTS, JobOptions
@@ -109,7 +109,7 @@ class Dispatcher:
 
     # -- Called by other threads --------------------------------------------------
 
-    def add(self, name: Name | None, call: Call, options: JobOptions) -> Job:
+    def add(self, name: Name | Label | None, call: Call, options: JobOptions) -> Job:
         """Queue a job; the first one starts the thread.
 
         Args:
@@ -494,7 +494,7 @@ class Dispatcher:
         returned: list[Job] = []
         for message in messages:
             kind, _, number = message
-            if kind is Kind.RESULT:
+            if kind is Kind.RESULT or kind is Kind.RESULT_UNKNOWN:
                 self._tell(worker.sent.pop(0), message)
                 answered += 1
                 nanoseconds += number

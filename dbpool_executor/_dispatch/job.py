@@ -22,12 +22,19 @@ from contextlib import suppress
 from typing import Any, Protocol, TypeAlias
 
 from .._forks.job_lock import job_lock
-from .._wire.calls import Call, Name, loads_result
+from .._wire.calls import Call, Label, Name, loads_result
 from .._wire.channel import Kind, Message
-from .._wire.exceptions import loads_exception, set_cause
+from .._wire.exceptions import loads_failure, note_outcome, set_cause
 from .._wire.options import DEFAULTS, JobOptions
-from ..errors import JobTimeoutError, Outcome, OutcomeUnknownError, ResultLostError
+from ..errors import (
+    DBPoolError,
+    JobTimeoutError,
+    Outcome,
+    OutcomeUnknownError,
+    ResultLostError,
+)
 from .asked import Asked, Condition, Waiters
+from .future import JobFuture
 
 log = logging.getLogger("dbpool_executor")
 
@@ -65,7 +72,7 @@ class FastLane(Protocol):
         """Have the dispatcher see to a job that somebody has just asked for."""
 
 
-class Job(Future[Any]):
+class Job(JobFuture[Any]):
     """A call on its way, and the future of what comes of it.
 
     One object for both, of which there may be a hundred thousand, for the collector of
@@ -81,7 +88,7 @@ class Job(Future[Any]):
     the dispatcher does, which no signal reaches.
 
     Args:
-        name: Of the function of a short call; None if the call is a pickle.
+        name: Of the function of a short call; its label if the call is a pickle.
         call: What is to be called, until the job is done.
         options: How it is run.
 
@@ -109,8 +116,12 @@ class Job(Future[Any]):
     fast_lane: FastLane | None = None
     deliveries = 0
     attempts = 0
+    # As it was told, before the job is done; None for a result that was committed.
+    _told_outcome: Outcome | None = None
 
-    def __init__(self, name: Name | None, call: Call, options: JobOptions) -> None:
+    def __init__(
+        self, name: Name | Label | None, call: Call, options: JobOptions
+    ) -> None:
         # Not Future's own. A test compares what the two have.
         self._asked: Asked | None = None
         self.status = PENDING
@@ -234,7 +245,11 @@ class Job(Future[Any]):
             if not asked.wait(timeout):
                 raise TimeoutError
         if self.status != FINISHED:
-            raise CancelledError
+            error = CancelledError()
+            note_outcome(
+                error, Outcome.NEVER_STARTED, self._note(Outcome.NEVER_STARTED)
+            )
+            raise error
 
     # -- For those who wait -----------------------------------------------------------
 
@@ -284,6 +299,36 @@ class Job(Future[Any]):
             fn(self)
         except Exception:
             LOGGER.exception("exception calling callback for %r", self)
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """What is known of its transaction; None until it is done."""
+        if not self.done():
+            return None
+        if self.cancelled():
+            return Outcome.NEVER_STARTED
+        if self._told_outcome is not None:
+            return self._told_outcome
+        # Somebody else has ended it, by set_exception().
+        return Outcome.COMMITTED if self._exception is None else Outcome.UNKNOWN
+
+    @property
+    def label(self) -> str:
+        """The name of its function, as people read it."""
+        return ".".join(self.name) if isinstance(self.name, tuple) else str(self.name)
+
+    def __repr__(self) -> str:
+        told = "" if self.outcome is None else f" outcome={self.outcome.value!r}"
+        state = self.status.lower()
+        if self.cancelled():
+            state = "cancelled"
+        elif self.done():
+            what = self._result if self._exception is None else self._exception
+            verb = "returned" if self._exception is None else "raised"
+            state += f" {verb} {type(what).__name__}"
+        return (
+            f"<{JobFuture.__name__} {self.label} at {id(self):#x} state={state}{told}>"
+        )
 
     # -- For the executor -----------------------------------------------------------
 
@@ -337,8 +382,7 @@ class Job(Future[Any]):
 
     def lost(self, exc: BaseException) -> ResultLostError:
         """Give what it raises if its result does not unpickle."""
-        commits = self.options.commit
-        outcome = Outcome.COMMITTED if commits else Outcome.UNKNOWN
+        outcome = self._told_outcome or Outcome.COMMITTED
         error = ResultLostError(f"unpickling it raised {exc!r}", outcome)
         set_cause(error, exc)
         self.attempts += 1
@@ -388,7 +432,7 @@ class Job(Future[Any]):
             if error is None:
                 self.set_result(result)
             else:
-                self._note(error)
+                self._tell_of(error)
                 self.set_exception(error)
         except InvalidStateError:
             pass  # whoever waits for it has read the answer
@@ -396,21 +440,47 @@ class Job(Future[Any]):
             log.exception("a future or one of its callbacks refused its answer")
         self.call = _NO_CALL
 
-    def _note(self, error: BaseException) -> None:
+    def told(self, error: BaseException, outcome: Outcome | None) -> BaseException:
+        """Note what it will raise, and what happened to its transaction.
+
+        Returns:
+            What it is to raise.
+        """
+        self._told_outcome = outcome or Outcome.ROLLED_BACK
+        if not isinstance(error, StopIteration):
+            return error
+        # It would end whatever iterates over results, and cannot be set on a future of
+        # asyncio's: as in a generator (PEP 479).
+        other = RuntimeError("the job raised StopIteration")
+        set_cause(other, error)
+        return other
+
+    def _tell_of(self, error: BaseException) -> None:
+        outcome = self._told_outcome or Outcome.ROLLED_BACK
         if isinstance(error, (JobTimeoutError, OutcomeUnknownError)):
-            log.warning("%s", error)
-        if self.options.retries and self.attempts:
-            with suppress(AttributeError):  # a class with slots alone
-                BaseException.__setattr__(error, "attempts", self.attempts)
+            log.warning("job %s: %s", self.label, error)
+        try:
+            if self.options.retries and self.attempts:
+                with suppress(AttributeError):  # a class with slots alone
+                    BaseException.__setattr__(error, "attempts", self.attempts)
+            note_outcome(error, outcome, self._note(outcome))
+        except (
+            Exception
+        ):  # of the exception's own class; the job has to end all the same
+            log.debug("an exception of job %s took no note", self.label, exc_info=True)
+
+    def _note(self, outcome: Outcome) -> str:
+        attempt = f" (attempt {self.attempts})" if self.attempts > 1 else ""
+        return f"job {self.label}: {outcome.value}{attempt}"
 
 
 _NO_CALL = b""  # of a job that is done: its arguments may be large
 
 
-def failed_job(error: Exception) -> Job:
+def failed_job(label: Label, error: Exception) -> Job:
     """Give the job of a call that cannot be sent."""
-    job = Job(None, _NO_CALL, DEFAULTS)
-    job.set_exception(error)
+    job = Job(label, _NO_CALL, DEFAULTS)
+    job.end(None, job.told(error, Outcome.NEVER_STARTED))
     return job
 
 
@@ -454,16 +524,21 @@ def read(
             if isinstance(answer, bytes):
                 results.append(loads(answer))
                 continue
-            if isinstance(answer, Message) and answer.kind is Kind.RESULT:
+            if isinstance(answer, Message) and answer.kind is not Kind.FAILURE:
+                if answer.kind is Kind.RESULT_UNKNOWN:
+                    job._told_outcome = Outcome.UNKNOWN
                 results.append(loads_result(answer.parts))
                 continue
             error = answer
         except BaseException as exc:  # also a SystemExit must not end the thread
             error = job.lost(exc)
+        outcome: Outcome | None = None
         if isinstance(error, Message):
-            error = loads_exception(error.parts)
+            error, outcome = loads_failure(error.parts)
+        elif isinstance(error, DBPoolError):
+            outcome = error.outcome
         results.append(None)
-        errors[job] = error
+        errors[job] = job.told(error, outcome)
         job.close_fast_path()
     return results, errors
 

@@ -103,6 +103,7 @@ def _index(
     ) as executor:
         try:
             for file in files:
+                job: Future[jobs.Indexed]
                 job = executor.submit(jobs.index_file, str(options.root), file)
                 job.add_done_callback(ended.put)
                 file_of[job] = file

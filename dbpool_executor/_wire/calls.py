@@ -16,7 +16,7 @@ from importlib import import_module
 from types import FunctionType
 
 from ..errors import NotPlainError, Outcome
-from .locate import full_name, innermost, place_of
+from .locate import full_name, innermost, name_of, place_of
 from .picklers import (
     PROTOCOL,
     WITH_CODE,
@@ -49,6 +49,9 @@ the pickle of all of it."""
 Name = tuple[str, str]
 """The module of a function, and what it is called there."""
 
+Label = str
+"""The name of a function as people read it, where it is a part of a pickle as well."""
+
 Run = tuple[Function | None, list[Call]]
 """Calls of one function in a row; those that are pickles have none."""
 
@@ -59,7 +62,7 @@ _last: tuple[Function | None, Name] = None, ("", "")
 
 def pack_short(
     fn: Function, args: tuple[object, ...], kwargs: dict[str, object]
-) -> tuple[Name | None, Call] | None:
+) -> tuple[Name | Label, Call] | None:
     """Pack a call of a module's function with a few atoms; none of its code is run.
 
     A short call is made of what nobody can change, and is pickled with others when it is
@@ -98,13 +101,15 @@ def pack_short(
         ):
             if last is not fn:
                 _last = fn, name
-            return (name, args) if is_short else (None, _dumps_call(name, args))
+            if is_short:
+                return name, args
+            return f"{module}.{attribute}", _dumps_call(name, args)
     return None
 
 
 def pack_call(
     fn: Function, args: tuple[object, ...], kwargs: dict[str, object]
-) -> tuple[Name | None, Call]:
+) -> tuple[Name | Label, Call]:
     """Pickle a call for a worker, unless it is short.
 
     Everything is copied here: what the caller changes later does not reach the job.
@@ -115,7 +120,7 @@ def pack_call(
         kwargs: Its keyword arguments.
 
     Returns:
-        The function's name and the call, if it is a short one; else None and the
+        The function's name and the call, if it is a short one; else its label and the
         pickle, for :func:`unpack_call`.
 
     Raises:
@@ -126,7 +131,7 @@ def pack_call(
     if packed is not None:
         return packed
     try:
-        return None, with_code((fn, args, kwargs), pickled)
+        return name_of(fn, args), with_code((fn, args, kwargs), pickled)
     except RefusedError as refused:
         roots = {"fn": fn, "args": args, "kwargs": kwargs}
         raise _not_plain(refused, roots, Outcome.NEVER_STARTED) from None

@@ -44,6 +44,9 @@ class Kind(enum.IntEnum):
     NOTE = 7  # worker to parent: a text for the parent's log
     START_FAILURE = 8  # worker to parent: the factory or the initializer raised
     LOG = 9  # worker to parent: a record for the parent's log handlers
+    # Worker to parent: the first job not yet answered returned; what it has committed by
+    # itself is not known.
+    RESULT_UNKNOWN = 10
 
 
 _KINDS = {int(kind): kind for kind in Kind}

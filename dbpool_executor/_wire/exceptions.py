@@ -8,11 +8,21 @@ from __future__ import annotations
 
 import pickle
 import traceback
+from collections import UserList
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from ..errors import DBPoolError, JobFailedError, Outcome, WorkerTraceback
+from sqlalchemy.exc import StatementError
+
+from ..errors import (
+    OUTCOME_ATTRIBUTE,
+    DBPoolError,
+    JobFailedError,
+    Outcome,
+    WorkerTraceback,
+    fields_of,
+)
 from .calls import Buffer
 from .locate import full_name
 from .picklers import BoundaryPickler, pickled
@@ -55,6 +65,16 @@ def loads_exception(parts: Sequence[Buffer]) -> BaseException:
         The exception, or a JobFailedError in its place, with the worker's traceback
         as its cause.
     """
+    return loads_failure(parts)[0]
+
+
+def loads_failure(parts: Sequence[Buffer]) -> tuple[BaseException, Outcome]:
+    """Rebuild what :func:`dumps_exception` pickled; never raises.
+
+    Returns:
+        The exception, as of :func:`loads_exception`, and what happened to the
+        transaction of the job that raised it.
+    """
     class_name, text, worker_traceback, outcome = pickle.loads(parts[0])
     exc, inner = (_rebuilt(part) for part in parts[1:3])
     if exc is None:
@@ -64,7 +84,54 @@ def loads_exception(parts: Sequence[Buffer]) -> BaseException:
         set_cause(inner, cause)
         cause = inner
     set_cause(exc, cause)
+    return exc, outcome
+
+
+def note_outcome(exc: BaseException, outcome: Outcome, note: str) -> None:
+    """Write into an exception what :func:`outcome_of` reads, and a note for people.
+
+    In the parent alone: what has something in its ``__dict__`` is pickled otherwise by
+    some drivers.
+
+    Args:
+        exc: What a future is about to raise.
+        outcome: What happened to the transaction of its job.
+        note: A line below its traceback (PEP 678), which is added once.
+    """
+    carrier = exc
+    if isinstance(exc, DBPoolError):
+        if exc.outcome is not outcome:
+            fields_of(exc)["outcome"] = outcome
+    else:
+        carrier = _carrier_of(exc)
+        fields_of(carrier)[OUTCOME_ATTRIBUTE] = outcome.value
+        if isinstance(exc, StatementError):
+            _note_in_detail(exc, outcome)
+    # Not add_note(): a class may guard its attributes.
+    notes = fields_of(carrier).get("__notes__")
+    notes = notes if isinstance(notes, list) else []
+    if note not in notes:
+        fields_of(carrier)["__notes__"] = [*notes, note]
+
+
+def _carrier_of(exc: BaseException) -> BaseException:
+    """Give the exception itself, or its cause if it would unpickle no more."""
+    cause = exc.__cause__
+    if not fields_of(exc) and isinstance(cause, WorkerTraceback):
+        try:
+            setattr(exc, OUTCOME_ATTRIBUTE, "")  # as unpickling does
+        except Exception:
+            return cause
     return exc
+
+
+def _note_in_detail(error: StatementError, outcome: Outcome) -> None:
+    # What else is in its dictionary, its own __reduce__ leaves out; and the driver's error
+    # in it must have nothing in its own. So a list that may have attributes, of a class
+    # that every process can unpickle.
+    detail: UserList[str] = UserList(error.detail)
+    setattr(detail, OUTCOME_ATTRIBUTE, outcome.value)
+    fields_of(error)["detail"] = detail
 
 
 def set_cause(exc: BaseException, cause: BaseException) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from functools import partial
@@ -22,6 +22,28 @@ def full_name(cls: type) -> str:
     if cls.__module__ == "builtins":
         return cls.__qualname__
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def name_of(fn: object, args: Sequence[object] = ()) -> str:
+    """Give the name by which people know the function of a call; never raises.
+
+    Args:
+        fn: What is called.
+        args: Its arguments: where they begin with a function that is called for each of
+            the others, it is that one's name.
+    """
+    try:
+        while isinstance(fn, partial):
+            fn = fn.func
+        if getattr(fn, "is_called_for_another", False) is True:
+            return name_of(args[0])
+        name = fn.__qualname__  # type: ignore[attr-defined]
+        module = fn.__module__
+        if isinstance(name, str):
+            return name if module in (None, "builtins") else f"{module}.{name}"
+    except Exception:  # an attribute of the caller's own that raises
+        return full_name(type(fn))
+    return full_name(type(fn))
 
 
 def asyncio_classes(*names: str) -> tuple[type, ...]:

@@ -70,6 +70,7 @@ class CommitWatch:
         by_the_job: Whether the running job has committed anything by itself.
         is_ending: Whether its function is over: the commits from here on are not its own.
         is_used: Whether there is anything to forget before the next job.
+        autocommits: Whether the job has used a connection whose statements commit.
     """
 
     def __init__(
@@ -85,6 +86,8 @@ class CommitWatch:
         self.by_the_job = False
         self.is_ending = False
         self.is_used = False
+        self.autocommits = False
+        self._committed = 0  # transactions of the job whose COMMIT has succeeded
         # What the database undid, and where.
         self._undone: dict[DBAPIConnection | None, str] = {}
         self._begun: list[DBAPIConnection | None] = []  # connections used by the job
@@ -102,10 +105,21 @@ class CommitWatch:
 
     def begin_job(self) -> None:
         """Note that what follows is the next job's."""
-        self.by_the_job = self.is_ending = self.is_used = False
+        self.by_the_job = self.is_ending = self.is_used = self.autocommits = False
+        self._committed = 0
         self._begun.clear()
         self._undone.clear()
         self._record.note_xid(0)
+
+    @property
+    def committed_all(self) -> bool:
+        """Whether every transaction that the job has begun was seen to be committed."""
+        return len(self._begun) == self._committed
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the job has begun a transaction that was seen."""
+        return bool(self._begun)
 
     def end_job(self) -> None:
         """Note that the function of the job is over."""
@@ -157,6 +171,7 @@ class CommitWatch:
         def commit(connection: PoolProxiedConnection) -> None:
             self._before_commit(connection)
             do_commit(connection)
+            self._committed += 1
 
         def execute(
             cursor: Any, statement: str, values: Any, context: Any = None
@@ -187,6 +202,7 @@ class CommitWatch:
         before("begin", self._before_begin)
         for name in ("commit", "prepare_twophase", "commit_twophase"):
             before(name, lambda on, *_rest: self._before_commit(on))
+        before("commit", self._count_commit)
         event.listen(
             engine,
             "before_cursor_execute",
@@ -226,6 +242,9 @@ class CommitWatch:
             raise
         self._note_commit()
 
+    def _count_commit(self, _connection: object) -> None:
+        self._committed += 1
+
     def _note_commit(self) -> None:
         self.is_used = True
         self.by_the_job = self.by_the_job or not self.is_ending
@@ -240,11 +259,13 @@ class CommitWatch:
         if self.by_the_job:
             self._alarm.end_commit()
         if not self._is_sqlite and autocommits(where):
+            self.autocommits = True
             self._note_commit()
 
     def _note_level(self, _connection: object, level: str | None) -> None:
         # At the end of a job it is only put back to what it was.
         if level == "AUTOCOMMIT" and not self.is_ending:
+            self.autocommits = True
             self._note_commit()
 
     def _before_statement(self, cursor: object, statement: str, *_rest: object) -> None:

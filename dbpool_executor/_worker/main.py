@@ -43,6 +43,7 @@ T = TypeVar("T")
 
 # To look up a member takes as long as to call a function (CPython 3.11).
 _RESULT, _FAILURE = Kind.RESULT, Kind.FAILURE
+_RESULT_UNKNOWN = Kind.RESULT_UNKNOWN
 _PACKAGE = __package__.partition(".")[0]
 _NEW_OBJECTS = 10_000  # after which garbage is collected
 
@@ -196,6 +197,9 @@ def run_chunk(fn: Callable[..., T], chunk: tuple[tuple[Any, ...], ...]) -> list[
     return [fn(*args) for args in chunk]
 
 
+run_chunk.is_called_for_another = True  # type: ignore[attr-defined] # see name_of()
+
+
 def outcome_of_transaction(xid: int) -> Outcome:
     """Ask what became of a transaction of a worker that died: itself a job."""
     return outcome_of(current_engine(), xid)
@@ -282,7 +286,7 @@ def _run(
             return _FAILURE, dumps_exception(error)
     assert fn is not None  # noqa: S101 - or the call would be a pickle
     try:
-        return _RESULT, database.run(fn, call, kwargs, options)
+        parts = database.run(fn, call, kwargs, options)
     except Exception as exc:
         trace = exc.__traceback__
         while trace is not None and _is_ours(trace.tb_frame):
@@ -291,6 +295,7 @@ def _run(
         parts = dumps_exception(exc, database.failed_outcome)
         repeats = options.retries > 0 and database.may_repeat(exc)
         return _FAILURE, [*parts, b"1"] if repeats else parts
+    return (_RESULT if database.is_committed else _RESULT_UNKNOWN), parts
 
 
 def _is_ours(frame: FrameType) -> bool:

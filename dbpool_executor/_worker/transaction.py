@@ -139,6 +139,8 @@ class Database:
         alarm: The time limit of the running job.
         sessions: Gives each job its session.
         session: Of the running job; None if it has none.
+        is_committed: Whether what the last job that returned has written is known to be
+            committed.
         was_interrupted: Whether a job was, since garbage was collected last.
 
     Raises:
@@ -180,6 +182,7 @@ class Database:
         if not self._is_shared:
             event.listen(engine, "handle_error", drivers.give_up_lost)
         self.is_running = False  # a job
+        self.is_committed = True
         self._pid = os.getpid()
         self._options = DEFAULTS  # of the running job, or the last one
         self._job_engine = engine  # with its options
@@ -214,6 +217,7 @@ class Database:
             self._adopt(options)
         if self._commits.is_used:
             self._commits.begin_job()
+            self.is_committed = True
         self.is_running = True
         try:
             if options.timeout is None:
@@ -314,12 +318,24 @@ class Database:
         if current is not None:
             self._commits.end_job()
             self._commit(current)
+            if self._commits.autocommits:
+                self.is_committed = self._commits.committed_all
             return parts
         if options.timeout is not None:
             self.alarm.begin_commit()
         if options.commit and not self._commits.by_the_job:
             self._record.advance(_COMMITTED)
+        elif not options.commit:
+            self._commits.is_used = True
+            self.is_committed = self._has_committed_all()
         return parts
+
+    def _has_committed_all(self) -> bool:
+        if self.session is not None and self.session.in_transaction():
+            return False
+        if self._was_lent and not self._commits.has_begun:
+            return False  # what a driver's own connection did was not seen
+        return self._commits.committed_all
 
     def _commit(self, current: Session) -> None:
         xid = None

@@ -128,7 +128,7 @@ def test_every_event_of_a_worker_is_logged(
 
     dying = executor.submit(faults.insert_and_die, "a")
     assert isinstance(dying.exception(LONGEST), WorkerDiedError)
-    assert f"worker {first} was ended by SIGKILL" in texts(caplog)
+    assert f"worker {first} was killed by SIGKILL" in texts(caplog)
     second = executor.submit(jobs.pid).result(LONGEST)
     assert f"worker {second} replaces one that has ended" in texts(caplog)
 

@@ -26,9 +26,9 @@ import jobs
 import servers
 from dbpool_executor import (
     ArgumentsLostError,
-    DBPoolError,
     DBPoolExecutor,
     JobExitedError,
+    JobFuture,
     JobTimeoutError,
     NotPlainError,
     Outcome,
@@ -37,8 +37,10 @@ from dbpool_executor import (
     TransactionAbortedError,
     WorkerDiedError,
     WorkerStartError,
+    outcome_of,
 )
 from dbpool_executor._wire import channel as _channel
+from dbpool_executor._wire.locate import name_of
 from processes import MakeExecutor, worker_pids
 from servers import Database
 from waiting import LONGEST, Gate, wait_until
@@ -52,7 +54,7 @@ class Fault(NamedTuple):
         job: What is called, with the name of an item.
         args: What it gets besides.
         error: What its future raises.
-        outcome: What that says; None for an error that is not ours.
+        outcome: What both say of the job's transaction.
         stored: Whether the item is there afterwards.
         keeps_worker: Whether the same worker does the next job.
         where: The databases that the row is about.
@@ -63,7 +65,7 @@ class Fault(NamedTuple):
     job: Callable[..., object]
     args: tuple[object, ...]
     error: type[BaseException]
-    outcome: Outcome | None
+    outcome: Outcome
     stored: bool
     keeps_worker: bool
     where: list[str] = servers.DATABASES
@@ -82,28 +84,28 @@ MARIADBS = [name for name in servers.SERVERS if name not in POSTGRESQLS]
 
 # fmt: off
 FAULTS = [
-    Fault("argument-pickle", jobs.insert_and_give, (faults.FailsToPickle(),), ValueError, None, False, True),
+    Fault("argument-pickle", jobs.insert_and_give, (faults.FailsToPickle(),), ValueError, NEVER, False, True),
     Fault("argument-unpickle", jobs.insert_and_give, (faults.Explosive(),), ArgumentsLostError, NEVER, False, True),
     Fault("argument-exits", jobs.insert_and_give, (faults.ExitsOnUnpickling(),), ArgumentsLostError, NEVER, False, True),
     Fault("argument-dies", jobs.insert_and_give, (faults.DiesOnUnpickling(),), WorkerDiedError, BACK, False, False),
-    Fault("call", jobs.insert_and_raise, (LookupError("no"),), LookupError, None, False, True),
-    Fault("call-falsy", faults.raise_falsy, (), faults.FalsyError, None, False, True),
+    Fault("call", jobs.insert_and_raise, (LookupError("no"),), LookupError, BACK, False, True),
+    Fault("call-falsy", faults.raise_falsy, (), faults.FalsyError, BACK, False, True),
     Fault("call-exits", jobs.insert_and_raise, (SystemExit(3),), JobExitedError, BACK, False, True),
     Fault("call-interrupted", jobs.insert_and_raise, (KeyboardInterrupt(),), JobExitedError, BACK, False, True),
-    Fault("exception-unpickle", faults.raise_explosive, (), faults.ExplosiveError, None, False, True),
+    Fault("exception-unpickle", faults.raise_explosive, (), faults.ExplosiveError, BACK, False, True),
     Fault("sigkill", faults.insert_and_die, (), WorkerDiedError, BACK, False, False),
     Fault("sigterm", faults.insert_and_die, (signal.SIGTERM,), WorkerDiedError, BACK, False, False),
     Fault("segv", faults.insert_and_die, (signal.SIGSEGV,), WorkerDiedError, BACK, False, False),
     Fault("os-exit", faults.insert_and_exit, (0,), WorkerDiedError, BACK, False, False),
-    Fault("statement", failures.insert_twice, (), IntegrityError, None, False, True),
-    Fault("flush", failures.insert_twice_unflushed, (), IntegrityError, None, False, True),
+    Fault("statement", failures.insert_twice, (), IntegrityError, BACK, False, True),
+    Fault("flush", failures.insert_twice_unflushed, (), IntegrityError, BACK, False, True),
     Fault("swallowed", jobs.insert_and_swallow_error, (), TransactionAbortedError, BACK, False, True, POSTGRESQLS),
     Fault("swallowed-1205", failures.insert_and_swallow_timeout, (), TransactionAbortedError, BACK, False, True, MARIADBS),
     Fault("result-not-plain", faults.give_item, (), NotPlainError, BACK, False, True),
-    Fault("result-pickle", faults.give_fails_to_pickle, (), ValueError, None, False, True),
-    Fault("result-lock", faults.give_lock, (), TypeError, None, False, True),
-    Fault("commit-hook", have, ("commit", refuse), PermissionError, None, False, True),
-    Fault("commit-refused", jobs.insert_dangling_link, (), IntegrityError, None, False, True, POSTGRESQLS),
+    Fault("result-pickle", faults.give_fails_to_pickle, (), ValueError, BACK, False, True),
+    Fault("result-lock", faults.give_lock, (), TypeError, BACK, False, True),
+    Fault("commit-hook", have, ("commit", refuse), PermissionError, BACK, False, True),
+    Fault("commit-refused", jobs.insert_dangling_link, (), IntegrityError, BACK, False, True, POSTGRESQLS),
     Fault("commit-dies", have, ("commit", die), OutcomeUnknownError, UNKNOWN, False, False),
     Fault("commit-dies-after", have, ("after commit", die), ResultLostError, DONE, True, False),
     Fault("committed-dies", have, ("close", die), ResultLostError, DONE, True, False),
@@ -133,15 +135,17 @@ def test_failure_is_told_exactly_and_costs_one_job(
     )
     before = executor.submit(jobs.insert_and_tell_pid, "before")
     view = executor.options(**fault.options)
-    future: Future[object] = view.submit(fault.job, "a", *fault.args)
+    future: JobFuture[object] = view.submit(fault.job, "a", *fault.args)
     after = executor.submit(jobs.insert_and_tell_pid, "after")
     with pytest.raises(fault.error) as raised:
         future.result(LONGEST)
-    if fault.outcome is not None:
-        assert isinstance(raised.value, DBPoolError)
-        assert raised.value.outcome is fault.outcome
+    assert outcome_of(raised.value) is fault.outcome
+    assert future.outcome is fault.outcome
+    note = f"job {name_of(fault.job)}: {fault.outcome.value}"
+    assert [n for n in raised.value.__notes__ if n.startswith("job ")] == [note]
     is_same = before.result(LONGEST) == after.result(LONGEST)
     assert is_same is fault.keeps_worker
+    assert before.outcome is after.outcome is Outcome.COMMITTED
     stored = {"a"} if fault.stored else set()
     assert database.names() == {"locked", "before", "after"} | stored
     assert len(worker_pids()) == 1

@@ -43,7 +43,7 @@ only_servers = pytest.mark.parametrize("database", servers.SERVERS, indirect=Tru
 @pytest.mark.parametrize(
     ("death", "exitcode", "words"),
     [
-        (faults.insert_and_die, -signal.SIGKILL, "was ended by SIGKILL"),
+        (faults.insert_and_die, -signal.SIGKILL, "was killed by SIGKILL"),
         (partial(faults.insert_and_die, number=signal.SIGTERM), -15, "by SIGTERM"),
         (partial(faults.insert_and_die, number=signal.SIGSEGV), -11, "by SIGSEGV"),
         (partial(faults.insert_and_exit, code=3), 3, "exited with code 3"),

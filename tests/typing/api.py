@@ -18,10 +18,12 @@ from sqlalchemy.orm import Session, scoped_session
 from dbpool_executor import (
     DBPoolError,
     DBPoolExecutor,
+    JobFuture,
     NotPlainError,
     Outcome,
     WorkerDiedError,
     current_engine,
+    outcome_of,
     session,
 )
 from dbpool_executor.testing import InlineExecutor
@@ -76,10 +78,12 @@ def constructed(url: URL, engine: Engine, async_engine: AsyncEngine) -> None:
 def submitted(executor: DBPoolExecutor) -> None:
     """A job keeps the types of its parameters and of its result."""
     future = executor.submit(job, 1, scale=2.0)
-    assert_type(future, Future[str])
+    assert_type(future, JobFuture[str])
     assert_type(future.result(timeout=5), str)
-    assert_type(executor.submit(nothing), Future[None])
-    assert_type(executor.submit(int, "5"), Future[int])
+    assert_type(future.outcome, Outcome | None)
+    future.outcome = Outcome.COMMITTED  # type: ignore[misc]
+    assert_type(executor.submit(nothing), JobFuture[None])
+    assert_type(executor.submit(int, "5"), JobFuture[int])
 
     executor.submit(job)  # type: ignore[call-arg]
     executor.submit(job, "one")  # type: ignore[arg-type]
@@ -132,7 +136,7 @@ def options(executor: DBPoolExecutor) -> None:
     """A view is an executor with options of its own."""
     view = executor.options(commit=False)
     used_as_any_executor(view)
-    assert_type(view.submit(job, 1), Future[str])
+    assert_type(view.submit(job, 1), JobFuture[str])
     view.submit(job, "one")  # type: ignore[arg-type]
     view.map(job, [1], buffersize=10)
     view.options(timeout=5.0, isolation_level="SERIALIZABLE")
@@ -147,7 +151,7 @@ def in_a_unit_test(engine: Engine) -> None:
     executor = InlineExecutor(lambda: engine, session_options={"bind": engine})
     used_as_any_executor(executor)
     stands_in: DBPoolExecutor = executor
-    assert_type(stands_in.submit(job, 1), Future[str])
+    assert_type(stands_in.submit(job, 1), JobFuture[str])
 
 
 # -- Inside a job ----------------------------------------------------------------------
@@ -167,6 +171,8 @@ def inside_a_job() -> None:
 
 def told(error: DBPoolError) -> str:
     """The attributes of errors have types."""
+    assert_type(outcome_of(error), Outcome | None)
+    assert_type(outcome_of(KeyError()), Outcome | None)
     assert_type(error.outcome, Outcome | None)
     if isinstance(error, NotPlainError):
         assert_type(error.place, str)

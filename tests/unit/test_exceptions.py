@@ -342,7 +342,7 @@ def test_search_for_what_does_not_pickle_ends(
 def test_our_own_error_brings_its_cause() -> None:
     """What ended the contact is a part of what such an error says."""
     died = WorkerDiedError(-9, 5, Outcome.UNKNOWN)
-    error = OutcomeUnknownError("worker 5 was ended by SIGKILL")
+    error = OutcomeUnknownError("worker 5 was killed by SIGKILL")
     set_cause(error, died)
     twin: Any = loads_exception(dumps_exception(error))
     assert type(twin) is OutcomeUnknownError
