@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 # Its hooks defend what this process has open from now on, whatever else it imports.
-from ._forks import connections as connections
+from ._forks import hooks as hooks
 
 if TYPE_CHECKING:
     from . import errors as errors
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .errors import (
         ArgumentsLostError,
         DBPoolError,
+        ForkedConnectionError,
         JobExitedError,
         JobFailedError,
         JobTimeoutError,
@@ -42,6 +43,7 @@ __all__ = [
     "ArgumentsLostError",
     "DBPoolError",
     "DBPoolExecutor",
+    "ForkedConnectionError",
     "JobExitedError",
     "JobFailedError",
     "JobFuture",

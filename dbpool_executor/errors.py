@@ -9,10 +9,14 @@ from __future__ import annotations
 import enum
 import signal
 from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from sqlalchemy.exc import OperationalError
 
 __all__ = [
     "ArgumentsLostError",
     "DBPoolError",
+    "ForkedConnectionError",
     "JobExitedError",
     "JobFailedError",
     "JobTimeoutError",
@@ -151,6 +155,40 @@ class OpenConnectionsError(DBPoolError, RuntimeError):
             "share what is open; close it before the first submit(), or submit a first "
             "job before you open it, or leave out mp_context: the default start method "
             "inherits nothing"
+        )
+
+
+class ForkedConnectionError(DBPoolError, OperationalError):
+    """A connection was used in a forked copy of the process that had it in use.
+
+    Raised through SQLAlchemy, by a Session or Connection that was in use at the fork;
+    no driver raised it, so ``orig`` is None. Nothing is sent to the server. To roll back
+    or close does nothing and does not raise, and a Session may be used again then.
+
+    Args:
+        opener: Process id of the process that was forked.
+        pid: Process id of the copy.
+    """
+
+    hide_parameters = False
+
+    def __init__(self, opener: int, pid: int) -> None:
+        # Not DBAPIError's constructor, which tells of a statement and of a driver.
+        Exception.__init__(self, opener, pid)
+        self.opener = opener
+        self.pid = pid
+        self.detail: list[str] = []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.opener, self.pid), vars(self)
+
+    def __str__(self) -> str:
+        return (
+            f"this connection was in use by process {self.opener} when that was forked, "
+            f"and this is the copy, process {self.pid}; what the copy sent over it "
+            "would end up in the other process's transaction, so dbpool_executor has "
+            "cut it off here; roll back or close the session or connection and open a "
+            "new one in this process, and before a fork close those that are open"
         )
 
 

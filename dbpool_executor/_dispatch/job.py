@@ -21,7 +21,7 @@ from concurrent.futures._base import (
 from contextlib import suppress
 from typing import Any, Protocol, TypeAlias
 
-from .._forks.job_lock import job_lock
+from .._forks.hooks import job_lock
 from .._wire.calls import Call, Label, Name, loads_result
 from .._wire.channel import Kind, Message
 from .._wire.exceptions import loads_failure, note_outcome, set_cause

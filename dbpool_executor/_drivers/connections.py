@@ -58,6 +58,15 @@ def is_in_memory(url: _URL) -> bool:
     return not url.database or ":memory:" in url.database or "mode=memory" in str(url)
 
 
+def is_embedded(backend_name: str) -> bool:
+    """Say whether a database is a library in this process, without a server.
+
+    Args:
+        backend_name: As SQLAlchemy names it, ``Dialect.name``.
+    """
+    return backend_name in ("sqlite", "duckdb")
+
+
 def descriptor_of(connection: object) -> int | None:
     """Give the file descriptor of a connection's socket; None if it does not tell."""
     driver = driver_of(connection)

@@ -9,7 +9,8 @@ opened them. So, at every fork:
   is stopped. After the fork is too late: collection can run in the copy before any hook
   does, and so do the ends of all thread-local values;
 - in the copy, they are kept for ever, and ``/dev/null`` is put over their descriptors.
-  They are never closed: a descriptor's number is soon somebody else's.
+  They are never closed: a descriptor's number is soon somebody else's. Their pools
+  forget them.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ with counted_as_old():
     from sqlalchemy import Engine, event
     from sqlalchemy.pool import ConnectionPoolEntry, Pool, PoolProxiedConnection
 
+    from .pools import forget_inherited, pool_of, stays, warn_at_use
+
 # By which a driver's connection is known, PEP 249.
 _CONNECTION_SHAPE = ("cursor", "commit", "rollback", "close")
 
@@ -53,14 +56,23 @@ class _Watch:
         )
         # Whether those from before the import are in `entries` too.
         self.knows_older = not _is_late
+        # Every pool that has ever had one.
+        self.pools: weakref.WeakSet[Pool] = weakref.WeakSet()
         self.has_frozen = False  # what is frozen is not found among all objects
         self.graveyard: list[object] = []  # inherited, kept for ever
+        # Those that had a connection when this process was forked, or a parent of it.
+        self.inherited_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
         self.fork = _Fork()
+
+    def note(self, entry: ConnectionPoolEntry) -> None:
+        self.entries[id(entry)] = entry
+        if (pool := pool_of(entry)) is not None:
+            self.pools.add(pool)
 
     def live_entries(self) -> list[ConnectionPoolEntry]:
         if not self.knows_older:
             for entry in living(ConnectionPoolEntry):
-                self.entries[id(entry)] = entry
+                self.note(entry)
             self.knows_older = True
         found = [ref() for ref in self.entries.valuerefs()]
         return [e for e in found if e is not None and e.dbapi_connection is not None]
@@ -113,9 +125,6 @@ def _all_objects() -> Iterator[object]:
     return chain.from_iterable(map(gc.get_objects, (None,)))
 
 
-def pool_of(entry: ConnectionPoolEntry) -> Pool | None:
-    """Give the pool of an entry, which has no public name for it."""
-    return getattr(entry, "_ConnectionRecord__pool", None)
 
 
 def live_entries() -> list[ConnectionPoolEntry]:
@@ -164,7 +173,7 @@ def refuse_inherited(engine: Engine) -> None:
     Raises:
         RuntimeError: It is such an engine.
     """
-    if engine.pool in _inherited_pools():
+    if engine.pool in _watch.inherited_pools:
         name = module_level_name(engine)
         raise RuntimeError(
             f"the engine factory returned {name or repr(engine)}, which holds "
@@ -202,7 +211,7 @@ def bury_inherited() -> list[str]:
     if parent is None or parent.pid == os.getppid():
         return []
     _bury(_stowaways())
-    pools = _inherited_pools()
+    pools = set(_watch.inherited_pools)
     if not pools:
         return []
     engines = {engine.pool: repr(engine) for engine in living(Engine)}
@@ -212,11 +221,6 @@ def bury_inherited() -> list[str]:
         "preloaded should not connect"
         for pool in pools
     ]
-
-
-def _inherited_pools() -> set[Pool | None]:
-    graveyard = _watch.graveyard
-    return {pool_of(e) for e in graveyard if isinstance(e, ConnectionPoolEntry)}
 
 
 def _stowaways() -> list[object]:
@@ -230,10 +234,11 @@ def _stowaways() -> list[object]:
 
 
 def _note_entry(_connection: object, entry: ConnectionPoolEntry) -> None:
-    _watch.entries[id(entry)] = entry
+    _watch.note(entry)
 
 
-def _before_fork() -> None:
+def hold() -> None:
+    """Take strong references to all connections, before a fork."""
     collection_pause.begin()
     held = _connections()
     if _watch.fork.is_thorough:
@@ -241,12 +246,14 @@ def _before_fork() -> None:
     _watch.fork.held = held
 
 
-def _after_fork_in_parent() -> None:
+def let_go() -> None:
+    """Undo :func:`hold` in the process that was forked."""
     _watch.fork.held = ()
     collection_pause.end()
 
 
-def _after_fork_in_child() -> None:
+def bury() -> None:
+    """Put all connections out of use in a forked copy, for ever."""
     # Looked at again: since the first look another thread may have connected.
     _bury([*_watch.fork.held, *_connections()])
     _watch.fork = _Fork()
@@ -263,7 +270,9 @@ def _connections() -> list[object]:
 
 def _bury(held: Iterable[object]) -> None:
     held = {id(each): each for each in held}.values()
+    entries = [each for each in held if isinstance(each, ConnectionPoolEntry)]
     _watch.graveyard += held
+    _watch.graveyard += [entry.dbapi_connection for entry in entries]
     for descriptor in {_descriptor(each) for each in held}:
         if descriptor is None:
             continue
@@ -274,6 +283,14 @@ def _bury(held: Iterable[object]) -> None:
             if null != descriptor:
                 os.dup2(null, descriptor, inheritable=False)
                 os.close(null)
+    by_pool: dict[Pool, list[ConnectionPoolEntry]] = {p: [] for p in _watch.pools}
+    for entry in entries:
+        if (pool := pool_of(entry)) is not None:
+            by_pool.setdefault(pool, []).append(entry)
+    for pool, its_own in by_pool.items():
+        if its_own:
+            _watch.inherited_pools.add(pool)
+        (warn_at_use if stays(pool, its_own) else forget_inherited)(pool, its_own)
 
 
 def _is_connection(cls: type) -> bool:
@@ -303,14 +320,7 @@ def _streams(process: str) -> dict[int, str]:
     return found
 
 
-# A reload runs this module again in the same namespace: the hooks cannot be taken back,
-# so they stay, and look up what they call by name.
+# A reload runs this module again in the same namespace.
 if "_watch" not in globals():
     _watch = _Watch()
     event.listen(Pool, "connect", lambda *args: _note_entry(*args))  # noqa: PLW0108
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(
-            before=lambda: _before_fork(),  # noqa: PLW0108 - see above
-            after_in_parent=lambda: _after_fork_in_parent(),  # noqa: PLW0108
-            after_in_child=lambda: _after_fork_in_child(),  # noqa: PLW0108
-        )

@@ -18,9 +18,6 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import NoReturn, Self
 
-# Its hooks have to be registered before those below.
-from . import job_lock  # noqa: F401
-
 
 class PipeEnd:
     """One end of a pipe, with what is used of a socket's ways.
@@ -69,15 +66,15 @@ _BUFFER_SIZE = 1 << 20  # of a socket; the system gives less, and more than by d
 # Every open end of this process. A forked copy of the process closes its copies: the
 # end of a stream is seen only when no process holds the other end any more.
 _ends: weakref.WeakSet[End] = weakref.WeakSet()
-# Guards _ends and the moment between the making of an end and its entry there, so that
-# no fork of another thread falls in between.
-_ends_lock = threading.RLock()
 _kept = threading.local()
+lock = threading.RLock()
+"""Guards that set, and the moment between the making of an end and its entry there: no
+fork of another thread falls in between."""
 
 
 def make_ends() -> tuple[socket.socket, socket.socket]:
     """Make the two ends of a channel, which no forked process will share."""
-    with _ends_lock:
+    with lock:
         ends = socket.socketpair()
         for end in ends:
             end.setblocking(True)  # whatever socket.setdefaulttimeout() has said
@@ -91,7 +88,7 @@ def make_pipe() -> tuple[End, End]:
     """Make the end of a pipe that reads and the one that writes, as of a channel."""
     if sys.platform == "win32":
         return make_ends()  # no selector there takes a pipe
-    with _ends_lock:
+    with lock:
         read, written = map(PipeEnd, multiprocessing.Pipe(duplex=False))
         _ends.update((read, written))
     return read, written
@@ -100,7 +97,7 @@ def make_pipe() -> tuple[End, End]:
 def own_end(end: End) -> None:
     """Note an end that another process has made for this one."""
     end.setblocking(True)
-    with _ends_lock:
+    with lock:
         _ends.add(end)
 
 
@@ -114,7 +111,8 @@ def kept_by_child(*ends: End) -> Iterator[None]:
         _kept.__dict__.pop("ends", None)
 
 
-def _close_inherited_ends() -> None:
+def close_inherited() -> None:
+    """Close, in a forked copy, all ends but those that it was to keep."""
     # Taken out: the block does not end in the child, whose own children keep nothing.
     kept = _kept.__dict__.pop("ends", ())
     for end in list(_ends):
@@ -122,12 +120,3 @@ def _close_inherited_ends() -> None:
             end.close()
     _ends.clear()
     _ends.update(kept)
-    _ends_lock.release()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_ends_lock.acquire,
-        after_in_parent=_ends_lock.release,
-        after_in_child=_close_inherited_ends,
-    )

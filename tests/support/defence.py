@@ -27,8 +27,8 @@ def take_away() -> None:
     def nothing(*_args: object, **_options: object) -> None:
         pass
 
-    connections._before_fork = nothing
-    connections._after_fork_in_child = nothing
+    connections.hold = nothing
+    connections.bury = nothing
     transaction.refuse_inherited = nothing
     executor.prepare = nothing
     local.prepare_fork = nothing

@@ -18,6 +18,7 @@ from dbpool_executor import errors
 from dbpool_executor.errors import (
     ArgumentsLostError,
     DBPoolError,
+    ForkedConnectionError,
     JobExitedError,
     JobFailedError,
     JobTimeoutError,
@@ -49,6 +50,7 @@ SAMPLES: list[DBPoolError] = [
     OutsideJobError("session"),
     OutsideJobError("current_engine()"),
     OpenConnectionsError((f"{URL} has 2 connections in use", "shop.db is open")),
+    ForkedConnectionError(4711, 4712),
     JobFailedError("shop.LocalError", "no stock"),
     JobFailedError("shop.LocalError", "no stock", Outcome.UNKNOWN),
     JobExitedError("SystemExit(3)"),
@@ -173,7 +175,7 @@ def test_no_text_shows_a_password(error: DBPoolError) -> None:
 @each_sample
 def test_each_error_that_ends_a_job_tells_its_outcome(error: DBPoolError) -> None:
     """Only those that end no job have none, and the text agrees with it."""
-    if isinstance(error, OutsideJobError):
+    if isinstance(error, (OutsideJobError, ForkedConnectionError)):
         assert error.outcome is None
         return
     assert isinstance(error.outcome, Outcome)
