@@ -25,7 +25,8 @@ from ._api.executor import DBPoolExecutor
 from ._dispatch.dispatcher import _FAILURE_PARTS, Dispatcher
 from ._dispatch.job import Job, read
 from ._drivers.errors import is_aborted
-from ._forks.connections import live_entries, pool_of
+from ._forks.connections import live_entries
+from ._forks.pools import pool_of
 from ._launch.quiesce import AnyEngine, _is_its_pool
 from ._wire.calls import Buffer, Call, Label, Name, dumps_calls, loads_calls
 from ._wire.channel import Kind, Message

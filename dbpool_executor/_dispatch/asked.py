@@ -18,7 +18,7 @@ from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED
 from contextlib import suppress
 from typing import Any, Protocol
 
-from .._forks.job_lock import job_lock
+from .._forks.hooks import job_lock
 from .flag import Flag
 
 _lock = job_lock

@@ -125,8 +125,6 @@ def _all_objects() -> Iterator[object]:
     return chain.from_iterable(map(gc.get_objects, (None,)))
 
 
-
-
 def live_entries() -> list[ConnectionPoolEntry]:
     """Give the entries of all pools of this process that hold a connection."""
     return _watch.live_entries()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Collection
-from contextlib import suppress
 from typing import Any, NoReturn
 
 from sqlalchemy import event
@@ -38,7 +37,7 @@ def stays(pool: Pool, entries: Collection[ConnectionPoolEntry]) -> bool:
     )
 
 
-def forget_inherited(pool: Pool, entries: Collection[ConnectionPoolEntry]) -> None:
+def forget_inherited(pool: Pool, entries: Collection[Any]) -> None:
     """Have a pool of this copy be as if it had never connected.
 
     In place, since the program holds the pool by its engine and perhaps by other ways;
@@ -50,23 +49,33 @@ def forget_inherited(pool: Pool, entries: Collection[ConnectionPoolEntry]) -> No
         entries: Its entries that were inherited, with a connection.
     """
     opener = os.getppid()
-    # What is in use is returned here, and so the pool does not count it.
+    is_renewed = _renew(pool)
+    # What is in use is returned there, so that the pool does not count it.
     grave = NullPool(_refuse_to_connect, dialect=pool._dialect, reset_on_return=None)
     for entry in entries:
-        lent = _lent_of(entry)
+        lent = None if (ref := getattr(entry, "fairy_ref", None)) is None else ref()
         entry.finalize_callback.clear()  # it would reset the connection
-        entry.dbapi_connection = _CutOff(opener)
+        if lent is None and not is_renewed:
+            entry.dbapi_connection = None  # it will connect when it is used
+            continue
+        entry.dbapi_connection = cut_off = _CutOff(opener)
         entry._ConnectionRecord__pool = grave
         if lent is not None:
-            lent.dbapi_connection = entry.dbapi_connection
+            lent.dbapi_connection = cut_off
             lent._pool = grave
-    with suppress(Exception):  # a class of the program's own, which makes none
+
+
+def _renew(pool: Pool) -> bool:
+    try:
         fresh = vars(pool.recreate())
-        state = vars(pool)
-        for name, value in list(state.items()):
-            if isinstance(value, ConnectionPoolEntry):  # that of a StaticPool
-                del state[name]
-        state.update(fresh)
+    except Exception:  # a class of the program's own, which makes none
+        return False
+    state = vars(pool)
+    for name, value in list(state.items()):
+        if isinstance(value, ConnectionPoolEntry):  # that of a StaticPool
+            del state[name]
+    state.update(fresh)
+    return True
 
 
 def warn_at_use(pool: Pool, entries: Collection[ConnectionPoolEntry]) -> None:
@@ -94,11 +103,6 @@ def warn_at_use(pool: Pool, entries: Collection[ConnectionPoolEntry]) -> None:
             )
 
     event.listen(pool, "checkout", warn)
-
-
-def _lent_of(entry: ConnectionPoolEntry) -> Any:
-    ref = getattr(entry, "fairy_ref", None)
-    return None if ref is None else ref()
 
 
 def _refuse_to_connect() -> NoReturn:

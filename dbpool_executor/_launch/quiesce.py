@@ -24,7 +24,8 @@ from sqlalchemy.pool import (
 )
 
 from .._drivers.connections import cut, is_in_memory, is_sqlite
-from .._forks.connections import live_entries, living, pool_of
+from .._forks.connections import live_entries, living
+from .._forks.pools import pool_of
 from .._wire.locate import asyncio_classes, full_name
 from ..errors import OpenConnectionsError
 

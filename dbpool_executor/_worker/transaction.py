@@ -23,9 +23,9 @@ from .._forks import process_id
 from .._forks.connections import (
     give_back,
     live_entries,
-    pool_of,
     refuse_inherited,
 )
+from .._forks.pools import pool_of
 from .._wire.calls import Buffer, dumps_result
 from .._wire.locate import asyncio_classes, full_name
 from .._wire.options import DEFAULTS, JobOptions

@@ -114,10 +114,12 @@ def serve() -> None:
     """Run programs, each in a fork, until no more are asked for."""
     import forking
     import forking_executors
+    import forking_pools
 
     programs = {
         program.__name__: program
-        for program in (*forking.PROGRAMS, *forking_executors.PROGRAMS)
+        for module in (forking, forking_executors, forking_pools)
+        for program in module.PROGRAMS
     }
     for driver in ("psycopg", "psycopg2", "asyncpg", "pymysql", "mysqldb"):
         backend = "mysql" if "mysql" in driver else "postgresql"
