@@ -12,8 +12,9 @@ from contextlib import contextmanager, nullcontext, suppress
 from multiprocessing import forkserver
 from typing import Any
 
+# Not the main module, by default preloaded since Python 3.14: what it raises would end
+# the forkserver and be told to nobody, and what it connects would be in every worker.
 _PRELOADED = [
-    "__main__",
     "dbpool_executor._worker.main",
     "dbpool_executor._launch.last_preload",
 ]

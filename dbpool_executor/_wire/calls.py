@@ -225,9 +225,19 @@ def _parts_of(value: object) -> list[Buffer]:
     return [body, *(buffer.raw() for buffer in buffers)]
 
 
+class _Spare(io.BytesIO):
+    """Memory for a pickle, which may become garbage together with a view of it."""
+
+    def close(self) -> None:
+        # Called by the garbage collector, which may come to the view later. The memory
+        # is freed after both, closed or not.
+        with suppress(BufferError):
+            super().close()
+
+
 # Memory for the next pickle of a result. To have the system make as many new pages for
 # a large one costs more than the pickling.
-_spares: list[io.BytesIO] = []
+_spares: list[_Spare] = []
 _SPARE_MOST = 1 << 23  # bytes
 
 
@@ -237,7 +247,7 @@ def _pickled_in_spare(value: object, buffers: list[pickle.PickleBuffer]) -> Buff
         out.seek(0)
         out.write(b"")  # refused as long as there is a view of it
     except (IndexError, BufferError):
-        out = io.BytesIO()
+        out = _Spare()
     BoundaryPickler(out, PROTOCOL, buffer_callback=buffers.append).dump(value)
     size = out.tell()
     body = out.getbuffer()[:size]

@@ -104,7 +104,7 @@ FAULTS = [
     Fault("result-not-plain", faults.give_item, (), NotPlainError, BACK, False, True),
     Fault("result-pickle", faults.give_fails_to_pickle, (), ValueError, BACK, False, True),
     Fault("result-lock", faults.give_lock, (), TypeError, BACK, False, True),
-    Fault("commit-hook", have, ("commit", refuse), PermissionError, BACK, False, True),
+    Fault("commit-hook", have, ("commit", refuse), OutcomeUnknownError, UNKNOWN, False, True),
     Fault("commit-refused", jobs.insert_dangling_link, (), IntegrityError, BACK, False, True, POSTGRESQLS),
     Fault("commit-dies", have, ("commit", die), OutcomeUnknownError, UNKNOWN, False, False),
     Fault("commit-dies-after", have, ("after commit", die), ResultLostError, DONE, True, False),

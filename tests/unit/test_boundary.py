@@ -62,6 +62,7 @@ import jobs
 import servers
 import values
 from dbpool_executor import DBPoolExecutor, NotPlainError, Outcome
+from dbpool_executor._wire import calls
 from dbpool_executor._wire.calls import (
     Function,
     dumps_calls,
@@ -273,6 +274,21 @@ def test_mapped_class_itself_is_plain() -> None:
     assert (fn, args, kwargs) == (Item, (), {"name": "a"})
 
 
+def test_memory_of_a_pickle_may_be_garbage_together_with_a_view_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The collector complains of neither; from Python 3.13 on it would."""
+    told: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    monkeypatch.setattr(calls, "_spares", [])
+    cycle: list[object] = [dumps_result(["x" * 100])]
+    cycle.append(cycle)
+    calls._spares.clear()
+    del cycle
+    gc.collect()
+    assert told == []
+
+
 # -- What does not pickle ---------------------------------------------------------
 
 
@@ -280,14 +296,14 @@ def test_value_that_does_not_pickle_fails_as_itself_and_says_where() -> None:
     """The error is the value's own; a note adds the innermost place."""
     with pytest.raises(LookupError, match="this does not pickle") as caught:
         dumps_result({"a": [0, Box(values.Unpicklable())]})
-    (note,) = caught.value.__notes__
+    note = caught.value.__notes__[-1]  # Python 3.14 has said more before it
     assert note == (
         "result['a'][1].content is a values.Unpicklable, which does not pickle; only "
         "plain values cross between processes"
     )
     with pytest.raises(TypeError) as lock:
         pack_call(print, (1, {2: threading.Lock()}), {})
-    (note,) = lock.value.__notes__
+    note = lock.value.__notes__[-1]
     assert note.startswith("args[1][2] is a _thread.lock, which does not pickle")
 
 
@@ -295,7 +311,7 @@ def test_function_that_does_not_pickle_is_named() -> None:
     """The commonest case: a lambda."""
     with pytest.raises((pickle.PicklingError, AttributeError)) as caught:
         pack_call(lambda: None, (), {})
-    (note,) = caught.value.__notes__
+    note = caught.value.__notes__[-1]
     assert note.startswith("fn is a function, which does not pickle")
 
 
@@ -303,7 +319,7 @@ def test_note_does_not_look_inside_what_is_refused() -> None:
     """What does not pickle by itself may hold what is refused, but no more."""
     with pytest.raises(TypeError, match="cannot pickle 'mappingproxy'") as caught:
         dumps_result({"a": MappingProxyType({"b": Item(id=1)})})
-    (note,) = caught.value.__notes__
+    note = caught.value.__notes__[-1]
     assert note.startswith(("result['a'] is a mapp", "result['a']['b'] is a models"))
 
 
@@ -489,7 +505,7 @@ def test_function_that_has_no_name_is_not_kept() -> None:
     def local() -> None: ...
 
     kept = weakref.ref(local)
-    with pytest.raises(AttributeError):
+    with pytest.raises((pickle.PicklingError, AttributeError)):
         pack_call(local, (), {})
     del local
     gc.collect()  # the frames of the exception
@@ -715,7 +731,8 @@ def test_result_that_does_not_pickle_rolls_the_job_back(
     future = executor.submit(values.insert_and_give_called, "a", values.make_lock)
     error = future.exception(LONGEST)
     assert isinstance(error, TypeError)
-    assert error.__notes__[0].startswith("result['locks'][0] is a _thread.lock")
+    told = "result['locks'][0] is a _thread.lock"
+    assert [note for note in error.__notes__ if note.startswith(told)]
     future = executor.submit(values.insert_and_give_called, "b", values.Unpicklable)
     assert isinstance(future.exception(LONGEST), LookupError)
     assert file.count() == 0
@@ -732,7 +749,7 @@ def test_argument_that_does_not_pickle_fails_its_own_future(
     after = executor.submit(jobs.insert_item, "after")
     assert isinstance(error, LookupError)
     assert local is not None
-    assert local.__notes__[0].startswith("fn is a function")
+    assert [note for note in local.__notes__ if note.startswith("fn is a function")]
     before.result(LONGEST)
     after.result(LONGEST)
     assert file.names() == {"before", "after"}

@@ -18,6 +18,7 @@ import pytest
 import jobs
 from dbpool_executor import WorkerDiedError
 from dbpool_executor._dispatch import dispatcher as _dispatcher
+from dbpool_executor._dispatch import fleet as _fleet
 from dbpool_executor._dispatch.dispatcher import Dispatcher
 from dbpool_executor._dispatch.fleet import Worker, Workers
 from dbpool_executor._dispatch.job import Job
@@ -151,8 +152,12 @@ def test_worker_gets_three_groups_each_of_which_is_a_message(workers: Workers) -
     assert [message.number for message in body_of(first).messages()] == [16, 21]
 
 
-def test_jobs_of_a_busy_worker_come_back_for_an_idle_one(workers: Workers) -> None:
+def test_jobs_of_a_busy_worker_come_back_for_an_idle_one(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Those that it has not begun, if they would wait long, and nothing else waits."""
+    clock = Clock(time.monotonic())
+    monkeypatch.setattr(_fleet, "time", clock)
     workers.send_from(deque(make_jobs(40)))
     busy, idle = workers.all.values()
     assert look_again(workers, 0) == []
@@ -162,9 +167,7 @@ def test_jobs_of_a_busy_worker_come_back_for_an_idle_one(workers: Workers) -> No
     assert look_again(workers, 0) == []
     assert not body_of(busy).record.begin(2)
     behind = list(busy.sent)[2:]
-    until = time.monotonic() + 2 * RECALL_DELAY
-    while time.monotonic() < until:
-        pass
+    clock.now += 2 * RECALL_DELAY
     assert look_again(workers, 0) == behind
     workers.send_from(deque(behind))
     assert list(idle.sent) == behind[:8]
@@ -382,8 +385,8 @@ def test_short_answer_does_not_wait_for_a_long_one(
 class Clock:
     """Stands for the time module: it goes when somebody sleeps, or says so."""
 
-    def __init__(self) -> None:
-        self.now = 1.0
+    def __init__(self, now: float = 1.0) -> None:
+        self.now = now
         self.pauses: list[float] = []
 
     def monotonic(self) -> float:
