@@ -39,6 +39,8 @@ if TYPE_CHECKING:
         outcome_of,
     )
 
+__version__ = "0.1.0"
+
 __all__ = [
     "ArgumentsLostError",
     "DBPoolError",
