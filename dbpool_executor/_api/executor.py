@@ -85,16 +85,7 @@ class _JobExecutor(Executor):
                 process that made it.
             WorkerStartError: Workers cannot start; the executor is broken.
         """
-        # Not in the block: what a signal's handler raises is no fault of the call.
-        packed = pack_short(fn, args, kwargs)
-        if packed is None:
-            try:
-                packed = pack_call(fn, args, kwargs)
-            except Exception as exc:
-                self._dispatcher.check_owner()
-                self._dispatcher.check_open()
-                return failed_job(name_of(fn, args), exc)
-        return self._dispatcher.add(*packed, self._options)
+        return _submit(self._dispatcher, self._options, fn, args, kwargs)
 
     def map(
         self,
@@ -118,7 +109,9 @@ class _JobExecutor(Executor):
                 endless.
 
         Returns:
-            An iterator. Closing it cancels what has not started.
+            An iterator. Closing it cancels what has not started. It does not keep the
+            executor alive: once that is forgotten, nothing more is submitted, and after
+            the results of what was comes a RuntimeError.
 
         Raises:
             TypeError: ``buffersize`` is not an integer.
@@ -134,10 +127,13 @@ class _JobExecutor(Executor):
             check_count("buffersize", buffersize)
         deadline = None if timeout is None else time.monotonic() + timeout
         calls = zip(*iterables, strict=False)
+        # Not of the executor: whoever has forgotten it may keep the results.
+        submit = partial(_submit, self._dispatcher, self._options)
         if chunksize == 1:
-            return Results((self.submit(fn, *c) for c in calls), buffersize, deadline)
+            jobs = (submit(fn, args, {}) for args in calls)
+            return Results(jobs, buffersize, deadline)
         chunks = iter(lambda: tuple(itertools.islice(calls, chunksize)), ())
-        jobs = (self.submit(run_chunk, fn, chunk) for chunk in chunks)
+        jobs = (submit(run_chunk, (fn, chunk), {}) for chunk in chunks)
         return ChunkResults(Results(jobs, buffersize, deadline))
 
     def options(
@@ -373,6 +369,25 @@ class DBPoolExecutor(_JobExecutor):
             f"max_workers={self._max_workers}, "
             f"{', '.join(f'{name}={count}' for name, count in counts if count)}>"
         ).replace(", >", ">")
+
+
+def _submit(
+    dispatcher: Dispatcher,
+    options: JobOptions,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> JobFuture[Any]:
+    # Not in the block: what a signal's handler raises is no fault of the call.
+    packed = pack_short(fn, args, kwargs)
+    if packed is None:
+        try:
+            packed = pack_call(fn, args, kwargs)
+        except Exception as exc:
+            dispatcher.check_owner()
+            dispatcher.check_open()
+            return failed_job(name_of(fn, args), exc)
+    return dispatcher.add(*packed, options)
 
 
 class _View(_JobExecutor):

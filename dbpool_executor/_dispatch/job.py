@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import traceback
 from _thread import get_ident
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, InvalidStateError
@@ -32,6 +33,7 @@ from ..errors import (
     Outcome,
     OutcomeUnknownError,
     ResultLostError,
+    WorkerTraceback,
 )
 from .asked import Asked, Condition, Waiters
 from .future import JobFuture
@@ -478,7 +480,18 @@ _NO_CALL = b""  # of a job that is done: its arguments may be large
 
 
 def failed_job(label: Label, error: Exception) -> Job:
-    """Give the job of a call that cannot be sent."""
+    """Give the job of a call that cannot be sent.
+
+    Args:
+        label: Names it.
+        error: Loses its traceback, whose frames hold all that the callers have at hand
+            for as long as the future is kept; it stays as text, as of what a worker
+            raises.
+    """
+    if not isinstance(error, DBPoolError):
+        set_cause(error, WorkerTraceback("".join(traceback.format_exception(error))))
+    BaseException.__setattr__(error, "__context__", None)
+    BaseException.__setattr__(error, "__traceback__", None)
     job = Job(label, _NO_CALL, DEFAULTS)
     job.end(None, job.told(error, Outcome.NEVER_STARTED))
     return job

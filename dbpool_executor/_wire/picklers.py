@@ -193,19 +193,21 @@ def with_code(value: object, dumps: Callable[[object], Any]) -> bytes:
             raise
         except Exception as exc:
             failed = exc
-    pickler = by_value_pickler(calls=True)
-    if pickler is None:
+    try:
+        pickler = by_value_pickler(calls=True)
+        if pickler is not None:
+            return pickled(value, pickler=pickler)
         if failed is not None:
             raise failed
         return bytes(dumps(value))
-    try:
-        return pickled(value, pickler=pickler)
     except RefusedError:
         raise
     except Exception:
         if failed is None:
             raise
         raise failed from None
+    finally:
+        del failed  # else its traceback and this frame hold each other
 
 
 def pickled(
