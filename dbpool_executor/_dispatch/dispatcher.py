@@ -25,6 +25,7 @@ from .._wire.calls import Call, Label, Name, pack_call
 from .._wire.channel import Kind, Message
 from .._wire.logs import handle_record
 from .._wire.options import DEFAULTS, JobOptions
+from .._wire.phase import Transaction
 from .._worker.main import outcome_of_transaction
 from ..errors import DBPoolError, Outcome, OutcomeUnknownError, WorkerDiedError
 from . import pace
@@ -531,10 +532,15 @@ class Dispatcher:
         job, error = ending.job, ending.error
         if job is None or error is None:
             return
+        if ending.transaction.xid and error.outcome is Outcome.UNKNOWN:
+            self._resolve(job, error, ending.transaction)
+        else:
+            self._end_lost(job, error)
+
+    def _end_lost(self, job: Job, error: DBPoolError) -> None:
+        """End a job whose worker has died, or repeat it."""
         if isinstance(error, WorkerDiedError) and error.outcome is Outcome.ROLLED_BACK:
             self._repeat_or_settle(job, error)
-        elif ending.xid and error.outcome is Outcome.UNKNOWN:
-            self._resolve(job, error, ending.xid)
         else:
             self._end(job, error)
 
@@ -554,7 +560,7 @@ class Dispatcher:
         self._retried += 1
         self._repeats.add(job, told)
 
-    def _resolve(self, job: Job, error: DBPoolError, xid: int) -> None:
+    def _resolve(self, job: Job, error: DBPoolError, which: Transaction) -> None:
         """Have another worker ask the server what became of a transaction."""
 
         def settle(asked: Future[Outcome]) -> None:
@@ -562,9 +568,10 @@ class Dispatcher:
             if not asked.cancelled() and asked.exception() is None:
                 outcome = asked.result()
                 self._done -= 1  # the question is no job of the user's
-            self._end(job, resolved_error(error, outcome))
+            self._end_lost(job, resolved_error(error, outcome))
+            self._wake()  # it has reckoned before how long it may sleep
 
-        asked = Job(*pack_call(outcome_of_transaction, (xid,), {}), DEFAULTS)
+        asked = Job(*pack_call(outcome_of_transaction, (which,), {}), DEFAULTS)
         asked.add_done_callback(settle)
         self._waiting.appendleft(asked)
 

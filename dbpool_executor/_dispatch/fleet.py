@@ -514,4 +514,4 @@ class Workers:
         died = WorkerDiedError(exitcode, worker.body.pid, outcome)
         limit = job.options.timeout if worker.is_overdue else None
         error = verdict.error_at_end(died, timeout=limit)
-        return verdict.Ending(others, job, error, worker.body.xid())
+        return verdict.Ending(others, job, error, worker.body.transaction())

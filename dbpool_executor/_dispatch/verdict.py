@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from .._wire.exceptions import set_cause
-from .._wire.phase import Phase, Progress
+from .._wire.phase import Phase, Progress, Transaction
 from ..errors import (
     DBPoolError,
     JobTimeoutError,
@@ -33,13 +33,13 @@ class Ending(NamedTuple):
         again: The jobs to send again.
         job: The one that ended with it, if any.
         error: What that job ended with.
-        xid: The transaction that it was about to commit; 0 if it has not noted one.
+        transaction: The one that it was about to commit, if it has noted it.
     """
 
     again: list[Job]
     job: Job | None = None
     error: DBPoolError | None = None
-    xid: int = 0
+    transaction: Transaction = Transaction()
 
 
 def error_at_end(died: WorkerDiedError, *, timeout: float | None = None) -> DBPoolError:

@@ -13,7 +13,7 @@ from multiprocessing.context import BaseContext
 from .._forks.connections import thorough
 from .._forks.ends import End, kept_by_child, make_ends, make_pipe
 from .._wire.channel import Channel
-from .._wire.phase import WORDS, PhaseRecord, Progress
+from .._wire.phase import WORDS, PhaseRecord, Progress, Transaction
 from .._wire.short_answers import AnswerReader
 from .._worker.main import SentSetup, WorkerSetup, begin, main
 from .forkserver import sigint_blocked, start_forkserver
@@ -116,9 +116,9 @@ class LocalWorker:
         """Read the phase record, also after the worker's death."""
         return self._record.read()
 
-    def xid(self) -> int:
+    def transaction(self) -> Transaction:
         """Read which transaction the worker was about to commit, also when it died."""
-        return self._record.read_xid()
+        return self._record.read_transaction()
 
     def recall(self, number: int) -> None:
         """Take back the jobs up to a number, see :meth:`PhaseRecord.recall`."""

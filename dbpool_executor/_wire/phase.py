@@ -38,6 +38,20 @@ class Progress(NamedTuple):
     phase: Phase
 
 
+class Transaction(NamedTuple):
+    """A transaction of PostgreSQL, by what no other has.
+
+    Attributes:
+        xid: Its id; 0 if none was noted.
+        server: Identifier of the server's data, which its standbys have too.
+        timeline: Of the server; 0 if it does not tell.
+    """
+
+    xid: int = 0
+    server: int = 0
+    timeline: int = 0
+
+
 class PhaseRecord:
     """The shared memory of one worker and its parent.
 
@@ -99,13 +113,15 @@ class PhaseRecord:
         word = self._words[0]
         return Progress(word >> 2, Phase(word & 3 or Phase.RUNNING))
 
-    def note_xid(self, xid: int) -> None:
-        """Note the id of the transaction that is about to be committed."""
-        self._words[2] = xid
+    def note_xid(self, xid: int, server: int = 0, timeline: int = 0) -> None:
+        """Note the transaction that is about to be committed, as Transaction has it."""
+        words = self._words
+        words[4], words[5] = server, timeline
+        words[2] = xid
 
-    def read_xid(self) -> int:
-        """Read what the last job has noted, in either process; 0 if nothing."""
-        return self._words[2]
+    def read_transaction(self) -> Transaction:
+        """Read what the last job has noted, in either process."""
+        return Transaction(self._words[2], self._words[4], self._words[5])
 
     def recall(self, number: int) -> None:
         """Take back all jobs up to a number that have not begun.
@@ -117,7 +133,7 @@ class PhaseRecord:
             self._words[1] = number
 
 
-WORDS = 4
+WORDS = 6
 """Length of the array of a PhaseRecord."""
 
 RECALL_DELAY = 0.001

@@ -29,7 +29,7 @@ from .._wire.exceptions import dumps_exception, set_cause
 from .._wire.locate import full_name
 from .._wire.logs import Levels
 from .._wire.options import JobOptions, loads_options
-from .._wire.phase import PhaseRecord
+from .._wire.phase import PhaseRecord, Transaction
 from .._wire.picklers import WITH_CODE, with_code
 from .._wire.short_answers import AnswerWriter
 from ..errors import ArgumentsLostError, Outcome
@@ -200,9 +200,9 @@ def run_chunk(fn: Callable[..., T], chunk: tuple[tuple[Any, ...], ...]) -> list[
 run_chunk.is_called_for_another = True  # type: ignore[attr-defined] # see name_of()
 
 
-def outcome_of_transaction(xid: int) -> Outcome:
+def outcome_of_transaction(transaction: Transaction) -> Outcome:
     """Ask what became of a transaction of a worker that died: itself a job."""
-    return outcome_of(current_engine(), xid)
+    return outcome_of(current_engine(), transaction)
 
 
 def _call_only(call: Callable[[], object]) -> None:

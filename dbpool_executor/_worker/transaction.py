@@ -181,6 +181,8 @@ class Database:
         event.listen(engine, "connect", cancel.note_session)
         if not self._is_shared:
             event.listen(engine, "handle_error", drivers.give_up_lost)
+        # Of a COMMIT that was found to be rolled back, until it is known if it is repeated.
+        self._resolved: BaseException | None = None
         self.is_running = False  # a job
         self.is_committed = True
         self._pid = os.getpid()
@@ -258,9 +260,10 @@ class Database:
         Args:
             error: What :meth:`run` has just raised.
         """
+        resolved, self._resolved = self._resolved, None
         if isinstance(error, DBPoolError) or self._commits.by_the_job:
             return False
-        return drivers.is_transient(error)
+        return error is resolved or drivers.is_transient(error)
 
     def cancel_statements(self) -> bool:
         """Cancel what runs on the server for this worker; from any thread.
@@ -338,11 +341,11 @@ class Database:
         return self._commits.committed_all
 
     def _commit(self, current: Session) -> None:
-        xid = None
+        noted = None
         # Of more than one transaction no answer would be the whole truth.
         if self._options.resolve and not self._commits.by_the_job:
-            xid = lookup.current_xid(current)
-            self._record.note_xid(xid)
+            noted = lookup.current_transaction(current)
+            self._record.note_xid(*noted)
         # What it holds is not asked for again.
         expires, current.expire_on_commit = current.expire_on_commit, False
         try:
@@ -357,11 +360,12 @@ class Database:
             committing = phase is Phase.COMMITTING
             if not (committing and drivers.leaves_commit_unknown(exc)):
                 raise
-            if xid is not None:
-                outcome = lookup.outcome_of(self.engine, xid)
+            if noted is not None:
+                outcome = lookup.outcome_of(self.engine, noted)
                 if outcome is Outcome.COMMITTED:
                     return
                 if outcome is Outcome.ROLLED_BACK:
+                    self._resolved = exc if self._options.retries else None
                     raise
             raise OutcomeUnknownError("the connection was lost") from exc
 

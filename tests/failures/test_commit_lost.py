@@ -291,9 +291,9 @@ def test_transaction_of_a_job_is_not_asked_for_after_the_next_one(
     view = executor.options(resolve=True)
     view.submit(jobs.insert_item, "a").result(LONGEST)
     (worker,) = executor._dispatcher._workers.all.values()
-    assert worker.body.xid() > 0
+    assert worker.body.transaction().xid > 0
     executor.submit(jobs.insert_item, "b").result(LONGEST)
-    assert worker.body.xid() == 0
+    assert worker.body.transaction().xid == 0
 
 
 @only_postgresql
@@ -333,6 +333,67 @@ def test_commit_of_a_killed_worker_that_fails_is_resolved(
         future.result(LONGEST)
     assert raised.value.outcome is Outcome.ROLLED_BACK
     assert database.count() == 0
+
+
+@only_postgresql
+def test_commit_of_a_killed_worker_that_fails_is_repeated(
+    database: Database, make_executor: MakeExecutor
+) -> None:
+    """With ``retries``, as for a worker that dies before COMMIT."""
+    failures.create_delayed(database)
+    executor = make_executor(database.make_engine, 1)
+    worker = executor.submit(jobs.pid).result(LONGEST)
+    view = executor.options(resolve=True, retries=1)
+    future = view.submit(failures.insert_delayed, "a", 3.0)
+    backend = backend_in_commit(database)
+    os.kill(worker, signal.SIGKILL)
+    terminate(database, backend)
+    assert future.result(LONGEST) == "a"
+    assert executor.stats().retried == 1
+    assert database.names() == {"a"}
+
+
+@only_postgresql
+@pytest.mark.parametrize("state", ["40003", "08007"])
+def test_commit_that_the_server_did_not_know_is_repeated_once_it_does(
+    database: Database, make_executor: MakeExecutor, state: str
+) -> None:
+    """Asked, it says that it was rolled back; as it is the second time."""
+    failures.create_delayed(database)
+    executor = make_executor(database.make_engine, 1)
+    view = executor.options(resolve=True, retries=1)
+    future = view.submit(failures.insert_delayed, "a", 0.0, state)
+    assert state_of(future.exception(LONGEST)) == state
+    assert executor.stats().retried == 1
+    assert database.count() == 0
+
+
+@only_postgresql
+def test_server_that_does_not_tell_its_timeline_is_not_believed(
+    database: Database, make_executor: MakeExecutor
+) -> None:
+    """Some services do not let everybody ask; the job itself is none the worse."""
+    failures.create_delayed(database)
+    forbid = "REVOKE EXECUTE ON FUNCTION pg_walfile_name FROM PUBLIC"
+    role = f"{database.url.database}_role"
+    database.execute(f"CREATE ROLE {role} LOGIN")
+    try:
+        database.execute(f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {role}")
+        database.execute(f"GRANT ALL ON ALL SEQUENCES IN SCHEMA public TO {role}")
+        database.execute(forbid)
+        url = database.url.set(username=role)
+        executor = make_executor(partial(create_engine, url), 1, retries=1)
+        view = executor.options(resolve=True)
+        for name in ("before", "again"):
+            view.submit(jobs.insert_item, name).result(LONGEST)
+        with pytest.raises(OutcomeUnknownError):
+            view.submit(failures.insert_delayed, "a", 0.0, "40003").result(LONGEST)
+        executor.shutdown()
+    finally:
+        database.execute(forbid.replace("REVOKE", "GRANT").replace("FROM", "TO"))
+        database.execute(f"DROP OWNED BY {role}")
+        database.execute(f"DROP ROLE {role}")
+    assert database.names() == {"before", "again"}
 
 
 @only_postgresql

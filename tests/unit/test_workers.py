@@ -27,7 +27,13 @@ from dbpool_executor._launch.handle import WorkerHandle
 from dbpool_executor._wire.calls import dumps_result, loads_calls
 from dbpool_executor._wire.channel import Channel, Kind, Message, frame
 from dbpool_executor._wire.options import DEFAULTS
-from dbpool_executor._wire.phase import RECALL_DELAY, WORDS, PhaseRecord, Progress
+from dbpool_executor._wire.phase import (
+    RECALL_DELAY,
+    WORDS,
+    PhaseRecord,
+    Progress,
+    Transaction,
+)
 from dbpool_executor._wire.short_answers import AnswerReader, AnswerWriter
 
 
@@ -66,9 +72,9 @@ class Body:
         """Do as a worker on this machine."""
         return self.record.read()
 
-    def xid(self) -> int:
-        """Say that no transaction was noted."""
-        return 0
+    def transaction(self) -> Transaction:
+        """Say that none was noted."""
+        return Transaction()
 
     def bury(self) -> int:
         """Give the exit code of a worker that was killed."""
