@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from .._wire.channel import Channel
-from .._wire.phase import Progress
+from .._wire.phase import Progress, Transaction
 from .._wire.short_answers import AnswerReader
 
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
@@ -63,7 +63,7 @@ class WorkerHandle(Protocol):
     def progress(self) -> Progress:
         """Read the phase record, also after the worker's death."""
 
-    def xid(self) -> int:
+    def transaction(self) -> Transaction:
         """Read which transaction the worker was about to commit, also when it died."""
 
     def recall(self, number: int) -> None:
