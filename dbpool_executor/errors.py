@@ -516,15 +516,20 @@ def describe_exit(exitcode: int | None, killed_for: str | None = None) -> str:
     Returns:
         A verb phrase, such as ``was killed by SIGKILL: …`` or ``exited with code 3``.
     """
+    name = None if exitcode is None or exitcode >= 0 else _name_of(-exitcode)
     if killed_for is not None:
-        return f"was killed by the executor itself: {killed_for}"
+        by = "" if name is None else f" with {name}"
+        return f"was killed by the executor itself{by}: {killed_for}"
     if exitcode is None:
         return "ended, and its exit status is not to be had"
-    if exitcode >= 0:
+    if name is None:
         return f"exited with code {exitcode}"
-    try:
-        name = signal.Signals(-exitcode).name
-    except ValueError:
-        return f"was killed by signal {-exitcode}"
     cause = _LIKELY_CAUSES.get(name)
     return f"was killed by {name}" + (f": {cause}" if cause else "")
+
+
+def _name_of(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

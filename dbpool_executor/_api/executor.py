@@ -314,11 +314,11 @@ class DBPoolExecutor(_JobExecutor):
         A job that is running ends with what its transaction came to, as for any worker
         that dies. Afterwards the executor is shut down.
         """
-        self._dispatcher.stop_workers(signal.SIGTERM)
+        self._dispatcher.stop_workers(signal.SIGTERM, "terminate_workers() was called")
 
     def kill_workers(self) -> None:
         """Do as :meth:`terminate_workers` does, with SIGKILL."""
-        self._dispatcher.stop_workers(KILL)
+        self._dispatcher.stop_workers(KILL, "kill_workers() was called")
 
     def stats(self) -> Stats:
         """Count workers and jobs.
@@ -359,7 +359,8 @@ class DBPoolExecutor(_JobExecutor):
             self._dispatcher.shutdown(cancel=True)
             self._dispatcher.join(INTERRUPT_GRACE)
         finally:  # also at a second Ctrl-C, which may come at any of these steps
-            self.kill_workers()
+            why = "the program was interrupted (Ctrl-C)"
+            self._dispatcher.stop_workers(KILL, why)
             self._dispatcher.join()
 
     def __repr__(self) -> str:

@@ -27,16 +27,16 @@ from .._wire.logs import handle_record
 from .._wire.options import DEFAULTS, JobOptions
 from .._wire.phase import Transaction
 from .._worker.main import outcome_of_transaction
-from ..errors import DBPoolError, Outcome, OutcomeUnknownError, WorkerDiedError
+from ..errors import DBPoolError, Outcome, OutcomeUnknownError
 from . import pace
 from .fast_lane import Offers
 from .flag import Flag
-from .fleet import Worker, Workers
+from .fleet import Ending, Worker, Workers
 from .interpreter_exit import at_exit
 from .job import Job, Told, end_unasked, read
 from .retries import Repeats
 from .stats import Stats
-from .verdict import Ending, resolved_error
+from .verdict import may_repeat, never_sent_error, resolved_error
 
 _FAILURE_PARTS = 3
 _WAY_SECONDS = 5e-5  # for which a caller gives way
@@ -81,7 +81,8 @@ class Dispatcher:
         self._closing = False
         self._cancelling = False
         self._sparing = False  # what a worker would have by now
-        self._stop_signal: int | None = None  # by which all workers are to end
+        # By which all workers are to end, and why.
+        self._stop_signal: tuple[int, str] | None = None
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()  # for who starts it
         self._ended = Flag()  # it has nothing left to do
@@ -105,7 +106,8 @@ class Dispatcher:
         self._told_jobs: list[Job] = []  # to be settled
         self._told: list[Told] = []  # what each of them ends by
         self._repeats = Repeats()
-        self._killed = False  # no job will be sent again
+        # Why all workers were killed: no job will be sent again.
+        self._killed_for: str | None = None
         self._done = self._failed = self._retried = 0
 
     # -- Called by other threads --------------------------------------------------
@@ -243,13 +245,14 @@ class Dispatcher:
         if not self.is_copy() and self._ended.wait(timeout):
             thread.join()
 
-    def stop_workers(self, number: int) -> None:
+    def stop_workers(self, number: int, why: str) -> None:
         """End all workers, whatever they do, and cancel what waits.
 
         Args:
             number: The signal by which each ends.
+            why: The reason, as a clause, for errors and the log.
         """
-        self._stop_signal = number
+        self._stop_signal = number, why
         self.shutdown(cancel=True)
 
     def health(self) -> str:
@@ -348,9 +351,9 @@ class Dispatcher:
         """Do all that can be done without waiting."""
         workers = self._workers
         if self._stop_signal is not None:
-            number, self._stop_signal = self._stop_signal, None
-            self._killed = True
-            workers.stop_all(number)
+            stop, self._stop_signal = self._stop_signal, None
+            self._killed_for = self._killed_for or stop[1]
+            workers.stop_all(*stop)
         if self._repeats:
             self._waiting += self._repeats.due()
         if workers.failure is not None:
@@ -501,6 +504,7 @@ class Dispatcher:
                 nanoseconds += number
             elif kind is Kind.FAILURE:
                 job = worker.sent.pop(0)
+                job.worker = worker.body.pid
                 answered += 1
                 nanoseconds += number
                 # A fourth part says that it may succeed when it is repeated.
@@ -539,7 +543,7 @@ class Dispatcher:
 
     def _end_lost(self, job: Job, error: DBPoolError) -> None:
         """End a job whose worker has died, or repeat it."""
-        if isinstance(error, WorkerDiedError) and error.outcome is Outcome.ROLLED_BACK:
+        if may_repeat(error):
             self._repeat_or_settle(job, error)
         else:
             self._end(job, error)
@@ -553,7 +557,7 @@ class Dispatcher:
         self._told.append(told)
 
     def _repeat_or_settle(self, job: Job, told: Message | DBPoolError) -> None:
-        if job.attempts >= job.options.retries or self._killed:
+        if job.attempts >= job.options.retries or self._killed_for is not None:
             self._end(job, told)
             return
         job.attempts += 1
@@ -597,7 +601,7 @@ class Dispatcher:
     def _drop_waiting(self) -> None:
         """Cancel what waits, or fail it where it cannot be cancelled any more."""
         failure = self._workers.failure
-        if self._killed or failure is not None:
+        if self._killed_for is not None or failure is not None:
             for job, told in self._repeats.give_up():
                 self._tell(job, told)
         kept = []
@@ -608,9 +612,8 @@ class Dispatcher:
                     self._tell(job, failure.error())
             elif job.drop():
                 pass
-            elif self._killed:
-                lost = WorkerDiedError(None, None, Outcome.NEVER_STARTED)
-                self._tell(job, lost)
+            elif self._killed_for is not None:
+                self._tell(job, never_sent_error(self._killed_for))
             else:
                 kept.append(job)
         self._waiting.extend(kept)
@@ -620,7 +623,7 @@ class Dispatcher:
         self._closing = True
         self._is_open = False
         self._has_ended = True  # who sees it asks for the reason, and finds it
-        self._killed = True
+        self._killed_for = "its own thread failed, see the log"
         self._withdraw()
         self._drop_waiting()
         for worker in self._workers.all.values():

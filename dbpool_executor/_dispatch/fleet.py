@@ -18,8 +18,8 @@ from typing import NamedTuple
 from .._launch.handle import KILL, WorkerHandle
 from .._wire.calls import Buffer
 from .._wire.exceptions import dumps_exception, loads_exception, set_cause
-from .._wire.phase import RECALL_DELAY, Phase
-from ..errors import Outcome, WorkerDiedError, WorkerStartError, describe_exit
+from .._wire.phase import RECALL_DELAY, Phase, Transaction
+from ..errors import DBPoolError, Outcome, WorkerStartError
 from . import pace, verdict
 from .batches import messages_for, next_jobs
 from .fast_lane import Offer
@@ -57,6 +57,22 @@ class State(enum.Enum):
     LEAVING = "leaving"  # was told that no more jobs will come
 
 
+class Ending(NamedTuple):
+    """What the end of a worker means for its jobs.
+
+    Attributes:
+        again: The jobs to send again.
+        job: The one that ended with it, if any.
+        error: What that job ended with.
+        transaction: The one that it was about to commit, if it has noted it.
+    """
+
+    again: list[Job]
+    job: Job | None = None
+    error: DBPoolError | None = None
+    transaction: Transaction = Transaction()
+
+
 class Recall(NamedTuple):
     """That jobs were taken back: up to which number, and when on time.monotonic()."""
 
@@ -78,6 +94,7 @@ class Worker:
     recalled: Recall | None = None  # since it has answered last
     has_unsent: bool = False  # its channel did not take all
     is_overdue: bool = False  # it is killed for the timeout of its job
+    killed_for: str | None = None  # why it is about to be killed by the executor
     was_spared: bool = False  # it was overdue, and perhaps only not listened to
     is_stopping: bool = False  # it is about to be ended, and gets no jobs
     start_failure: Sequence[Buffer] | None = None
@@ -430,13 +447,26 @@ class Workers:
                 if worker.sent and self._may_have_answered(worker, now):
                     continue
                 worker.is_overdue = bool(worker.sent)
-                what = "end its job in time" if worker.is_overdue else "leave"
-                log.warning("worker %s did not %s, it is killed", worker.body.pid, what)
+                worker.killed_for = "it did not leave in time"
+                if worker.is_overdue:
+                    job = worker.sent[0]
+                    worker.killed_for = (
+                        f"its job {job.label} did not end {job.options.kill_after:g} s "
+                        "after its timeout"
+                    )
+                pid, why = worker.body.pid, worker.killed_for
+                log.warning("the executor kills worker %s: %s", pid, why)
             self._stop(worker, KILL)
 
-    def stop_all(self, number: int) -> None:
-        """Have all workers cancel what they have on a server, and end them by a signal."""
+    def stop_all(self, number: int, why: str) -> None:
+        """Have all workers cancel what they have on a server, and end them by a signal.
+
+        Args:
+            number: The signal.
+            why: The reason, as a clause.
+        """
         for worker in self.all.values():
+            worker.killed_for = worker.killed_for or why
             self._stop(worker, number)
 
     def _stop(self, worker: Worker, number: int) -> None:
@@ -474,7 +504,7 @@ class Workers:
 
     # -- Dying ------------------------------------------------------------------
 
-    def bury(self, worker: Worker) -> verdict.Ending:
+    def bury(self, worker: Worker) -> Ending:
         """Judge a worker whose channel has ended, and free what is left of it."""
         self._selector.unregister(worker.body.channel)
         self._selector.unregister(worker.body.answers)
@@ -484,14 +514,14 @@ class Workers:
         self._short.pop(worker, None)
         self._kill_at.pop(worker, None)
         self._ended += 1
-        exitcode = worker.body.bury()
-        how = f"worker {worker.body.pid} {describe_exit(exitcode)}"
+        pid, exitcode = worker.body.pid, worker.body.bury()
+        death = verdict.death_of(pid, exitcode, worker.killed_for)
         if worker.state is not State.LEAVING or worker.sent:
             self.died += 1
         match worker.state:
             case State.STARTING:
                 self._starting -= 1
-                text, parts = f"{how} while it started", worker.start_failure
+                text, parts = f"{death} while it started", worker.start_failure
                 if parts is not None:
                     cause = loads_exception(parts)
                     text = f"{type(cause).__name__}: {cause}"
@@ -501,17 +531,22 @@ class Workers:
             case State.READY if not worker.sent:
                 if worker in self.idle:
                     self.idle.remove(worker)
-                log.info("%s while it was idle", how)
+                log.info("%s while it was idle", death)
         if not worker.sent:
-            return verdict.Ending([])
-        log.warning("%s with a job", how)
+            return Ending([])
         job, *others = worker.sent
-        outcome = verdict.outcome_at_end(job.number, worker.body.progress())
-        if outcome is Outcome.NEVER_STARTED:
+        options = job.options
+        outcome = verdict.outcome_at_end(
+            job.number, worker.body.progress(), read_only=options.read_only
+        )
+        job.worker = pid
+        is_begun = outcome is not Outcome.NEVER_STARTED
+        verb, which = "ran" if is_begun else "had not begun", job.label_of_attempt
+        log.warning("%s; it %s job %s: %s", death, verb, which, outcome.value)
+        if not is_begun:
             job.deliveries += 1
             if job.deliveries < pace.DELIVERY_ATTEMPTS:
-                return verdict.Ending([job, *others])
-        died = WorkerDiedError(exitcode, worker.body.pid, outcome)
-        limit = job.options.timeout if worker.is_overdue else None
-        error = verdict.error_at_end(died, timeout=limit)
-        return verdict.Ending(others, job, error, worker.body.transaction())
+                return Ending([job, *others])
+        limit = options.timeout if worker.is_overdue else None
+        error = verdict.error_at_end(death, outcome, timeout=limit)
+        return Ending(others, job, error, worker.body.transaction())

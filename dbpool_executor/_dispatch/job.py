@@ -37,6 +37,7 @@ from ..errors import (
 )
 from .asked import Asked, Condition, Waiters
 from .future import JobFuture
+from .verdict import lost_result_error
 
 log = logging.getLogger("dbpool_executor")
 
@@ -99,6 +100,7 @@ class Job(JobFuture[Any]):
         number: Which job it is in the life of the worker that has it.
         deliveries: Workers that died over it before they had begun it.
         attempts: How often it has failed.
+        worker: Process id of the worker in which it has failed; None if in none.
         fast_lane: Where callers read its answer, if it was sent there.
     """
 
@@ -118,6 +120,7 @@ class Job(JobFuture[Any]):
     fast_lane: FastLane | None = None
     deliveries = 0
     attempts = 0
+    worker: int | None = None
     # As it was told, before the job is done; None for a result that was committed.
     _told_outcome: Outcome | None = None
 
@@ -319,6 +322,12 @@ class Job(JobFuture[Any]):
         """The name of its function, as people read it."""
         return ".".join(self.name) if isinstance(self.name, tuple) else str(self.name)
 
+    @property
+    def label_of_attempt(self) -> str:
+        """Its label, and which attempt it is at, if it has failed before."""
+        attempt = f" (attempt {self.attempts + 1})" if self.attempts else ""
+        return self.label + attempt
+
     def __repr__(self) -> str:
         told = "" if self.outcome is None else f" outcome={self.outcome.value!r}"
         state = self.status.lower()
@@ -384,11 +393,8 @@ class Job(JobFuture[Any]):
 
     def lost(self, exc: BaseException) -> ResultLostError:
         """Give what it raises if its result does not unpickle."""
-        outcome = self._told_outcome or Outcome.COMMITTED
-        error = ResultLostError(f"unpickling it raised {exc!r}", outcome)
-        set_cause(error, exc)
         self.attempts += 1
-        return error
+        return lost_result_error(exc, self._told_outcome, self.options)
 
     def end_unasked(self, result: object) -> bool:
         """Give it its result, if nobody is to be told.
@@ -460,7 +466,8 @@ class Job(JobFuture[Any]):
     def _tell_of(self, error: BaseException) -> None:
         outcome = self._told_outcome or Outcome.ROLLED_BACK
         if isinstance(error, (JobTimeoutError, OutcomeUnknownError)):
-            log.warning("job %s: %s", self.label, error)
+            where = "" if self.worker is None else f" in worker {self.worker}"
+            log.warning("job %s%s: %s", self.label, where, error)
         try:
             if self.options.retries and self.attempts:
                 with suppress(AttributeError):  # a class with slots alone

@@ -12,6 +12,7 @@ import random
 import time
 
 from .._wire.channel import Message
+from .._wire.exceptions import text_of_failure
 from ..errors import DBPoolError
 from . import pace
 from .job import Job
@@ -38,7 +39,15 @@ class Repeats:
             told: What it failed with last.
         """
         delay = pace.delay_before_repeat(job.attempts, random.random())  # noqa: S311
-        log.info("a job failed %d times, again in %.2f s", job.attempts, delay)
+        log.info(
+            "job %s in worker %s failed at attempt %d of %d, again in %.2f s: %s",
+            job.label,
+            job.worker,
+            job.attempts,
+            job.options.retries + 1,
+            delay,
+            text_of_failure(told.parts) if isinstance(told, Message) else told,
+        )
         entry = (time.monotonic() + delay, next(self._numbers), job, told)
         heapq.heappush(self._entries, entry)
 

@@ -1,14 +1,17 @@
-"""What the end of a worker means for the jobs that it had.
+"""What the parent concludes of jobs that were not answered as they should have been.
 
-Runs in the parent.
+Runs in the parent. Every outcome that no worker has told is decided here, by functions
+that read and change nothing.
 """
 
 from __future__ import annotations
 
+import signal
 from typing import NamedTuple
 
 from .._wire.exceptions import set_cause
-from .._wire.phase import Phase, Progress, Transaction
+from .._wire.options import JobOptions
+from .._wire.phase import Phase, Progress
 from ..errors import (
     DBPoolError,
     JobTimeoutError,
@@ -18,45 +21,92 @@ from ..errors import (
     WorkerDiedError,
     describe_exit,
 )
-from .job import Job
 
 _KILLED = (
     "its worker was killed; a statement that was not cancelled before may go on on the "
     "server"
 )
+_OUR_SIGNALS = {-signal.SIGTERM, -getattr(signal, "SIGKILL", signal.SIGTERM)}
 
 
-class Ending(NamedTuple):
-    """What the end of a worker means for its jobs.
+class Death(NamedTuple):
+    """How a worker ended.
 
     Attributes:
-        again: The jobs to send again.
-        job: The one that ended with it, if any.
-        error: What that job ended with.
-        transaction: The one that it was about to commit, if it has noted it.
+        pid: Its process id, None if it is not known.
+        exitcode: As in ``multiprocessing.Process.exitcode``; None if it is not to be had.
+        killed_for: Why the executor itself has killed it, as a clause; None if it did
+            not.
     """
 
-    again: list[Job]
-    job: Job | None = None
-    error: DBPoolError | None = None
-    transaction: Transaction = Transaction()
+    pid: int | None
+    exitcode: int | None
+    killed_for: str | None = None
+
+    def __str__(self) -> str:
+        """Say it in words, beginning with the worker."""
+        return f"worker {self.pid} {describe_exit(self.exitcode, self.killed_for)}"
 
 
-def error_at_end(died: WorkerDiedError, *, timeout: float | None = None) -> DBPoolError:
-    """Give the error of the job that a worker had begun when it died.
+def death_of(pid: int | None, exitcode: int | None, killed_for: str | None) -> Death:
+    """Say how a worker ended.
 
     Args:
-        died: How it died, and the outcome of the job.
+        pid: As of a Death.
+        exitcode: As of a Death.
+        killed_for: Why the executor was about to kill it; None if it was not.
+
+    Returns:
+        The death. Another signal than those that the executor sends was faster.
+    """
+    is_another = exitcode is not None and exitcode < 0 and exitcode not in _OUR_SIGNALS
+    return Death(pid, exitcode, None if is_another else killed_for)
+
+
+def outcome_at_end(
+    job_number: int, progress: Progress, *, read_only: bool = False
+) -> Outcome:
+    """Judge the first unanswered job of a worker whose channel has ended.
+
+    Jobs are answered in order, so no later job of that worker has begun.
+
+    Args:
+        job_number: Which job in the worker's life it is, counted from 1.
+        progress: What the worker's phase record says.
+        read_only: Whether the database refuses to let the job write.
+
+    Returns:
+        NEVER_STARTED if it can go to another worker; else how it ended.
+    """
+    if progress.begun < job_number:
+        return Outcome.NEVER_STARTED
+    if read_only:  # whatever was lost, there is nothing of it in the database
+        return Outcome.ROLLED_BACK
+    return {
+        Phase.RUNNING: Outcome.ROLLED_BACK,
+        Phase.COMMITTING: Outcome.UNKNOWN,
+        Phase.COMMITTED: Outcome.COMMITTED,
+    }[progress.phase]
+
+
+def error_at_end(
+    death: Death, outcome: Outcome, *, timeout: float | None = None
+) -> DBPoolError:
+    """Give the error of the first unanswered job of a worker that died.
+
+    Args:
+        death: Of the worker.
+        outcome: Of the job.
         timeout: The job's, if the worker was killed for it.
     """
-    how = f"worker {died.pid} {describe_exit(died.exitcode)}"
+    died = WorkerDiedError(death.exitcode, death.pid, outcome, death.killed_for)
     error: DBPoolError
     if timeout is not None:
-        error = JobTimeoutError(timeout, died.outcome, _KILLED)
-    elif died.outcome is Outcome.COMMITTED:
-        error = ResultLostError(f"{how} before it was sent")
-    elif died.outcome is Outcome.UNKNOWN:
-        error = OutcomeUnknownError(how)
+        error = JobTimeoutError(timeout, outcome, _KILLED)
+    elif outcome is Outcome.COMMITTED:
+        error = ResultLostError(f"{death} before it was sent")
+    elif outcome is Outcome.UNKNOWN:
+        error = OutcomeUnknownError(str(death))
     else:
         return died
     set_cause(error, died)
@@ -73,27 +123,36 @@ def resolved_error(unknown: DBPoolError, outcome: Outcome) -> DBPoolError:
     died = unknown.__cause__
     if outcome is Outcome.UNKNOWN or not isinstance(died, WorkerDiedError):
         return unknown
-    known = WorkerDiedError(died.exitcode, died.pid, outcome)
+    death = Death(died.pid, died.exitcode, died.killed_for)
     timeout = unknown.timeout if isinstance(unknown, JobTimeoutError) else None
-    return error_at_end(known, timeout=timeout)
+    return error_at_end(death, outcome, timeout=timeout)
 
 
-def outcome_at_end(job_number: int, progress: Progress) -> Outcome:
-    """Judge the first unanswered job of a worker whose channel has ended.
+def may_repeat(error: DBPoolError) -> bool:
+    """Say whether a job that ends with its worker's death may be run again."""
+    return isinstance(error, WorkerDiedError) and error.outcome is Outcome.ROLLED_BACK
 
-    Jobs are answered in order, so no later job of that worker has begun.
+
+def never_sent_error(killed_for: str | None) -> WorkerDiedError:
+    """Give the error of a job that came back from a worker to a killed executor.
 
     Args:
-        job_number: Which job in the worker's life it is, counted from 1.
-        progress: What the worker's phase record says.
-
-    Returns:
-        NEVER_STARTED if it can go to another worker; else how it ended.
+        killed_for: Why the workers were killed.
     """
-    if progress.begun < job_number:
-        return Outcome.NEVER_STARTED
-    return {
-        Phase.RUNNING: Outcome.ROLLED_BACK,
-        Phase.COMMITTING: Outcome.UNKNOWN,
-        Phase.COMMITTED: Outcome.COMMITTED,
-    }[progress.phase]
+    return WorkerDiedError(None, None, Outcome.NEVER_STARTED, killed_for)
+
+
+def lost_result_error(
+    exc: BaseException, told: Outcome | None, options: JobOptions
+) -> ResultLostError:
+    """Give the error of a job whose result does not unpickle.
+
+    Args:
+        exc: What the unpickling raised.
+        told: What the worker told of the job's own commits, None if nothing.
+        options: The job's.
+    """
+    outcome = Outcome.ROLLED_BACK if options.read_only else told or Outcome.COMMITTED
+    error = ResultLostError(f"unpickling it raised {exc!r}", outcome)
+    set_cause(error, exc)
+    return error

@@ -87,6 +87,12 @@ def loads_failure(parts: Sequence[Buffer]) -> tuple[BaseException, Outcome]:
     return exc, outcome
 
 
+def text_of_failure(parts: Sequence[Buffer]) -> str:
+    """Read of which class an exception is that was pickled; for a log."""
+    class_name: str = pickle.loads(parts[0])[0]
+    return class_name
+
+
 def note_outcome(exc: BaseException, outcome: Outcome, note: str) -> None:
     """Write into an exception what :func:`outcome_of` reads, and a note for people.
 

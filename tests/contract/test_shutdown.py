@@ -290,9 +290,10 @@ def test_workers_can_be_ended_at_once(
     waiting = insert_many(executor, 3)
     gate.arrival()
     end(executor)
-    with pytest.raises(WorkerDiedError, match=name) as raised:
+    how = f"killed by the executor itself with {name}: {end.__name__}\\(\\) was called"
+    with pytest.raises(WorkerDiedError, match=how) as raised:
         running.result(LONGEST)
-    assert raised.value.outcome is Outcome.ROLLED_BACK
+    assert raised.value.outcome is running.outcome is Outcome.ROLLED_BACK
     assert set(as_completed(waiting, LONGEST)) == set(waiting)
     assert all(future.cancelled() for future in waiting)
     executor.shutdown()

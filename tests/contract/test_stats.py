@@ -129,6 +129,7 @@ def test_every_event_of_a_worker_is_logged(
     dying = executor.submit(faults.insert_and_die, "a")
     assert isinstance(dying.exception(LONGEST), WorkerDiedError)
     assert f"worker {first} was killed by SIGKILL" in texts(caplog)
+    assert "it ran job faults.insert_and_die: rolled back" in texts(caplog)
     second = executor.submit(jobs.pid).result(LONGEST)
     assert f"worker {second} replaces one that has ended" in texts(caplog)
 
@@ -139,15 +140,19 @@ def test_every_event_of_a_worker_is_logged(
     late = limited.submit(failures.insert_and_sleep, "b")
     assert isinstance(late.exception(LONGEST), JobTimeoutError)
     assert "the job was not done 0.1 s after its start" in texts(caplog)
+    third = executor.submit(jobs.pid).result(LONGEST)
+    assert f"job failures.insert_and_sleep in worker {third}: " in texts(caplog)
 
     lost = failures.lost_connection()
     view = executor.options(retries=1)
     view.submit(failures.raise_at_first, tmp_path / "r", "c", lost).result(LONGEST)
-    assert "a job failed 1 times, again in" in texts(caplog)
+    account = f"job failures.raise_at_first in worker {third} failed at attempt 1 of 2"
+    assert account in texts(caplog)
 
     unknown = executor.submit(faults.commit_oneself_and_die, "d")
     assert isinstance(unknown.exception(LONGEST), OutcomeUnknownError)
-    assert "whether the job was committed is not known" in texts(caplog)
+    assert "whether the job was committed by then is not known" in texts(caplog)
+    assert "it ran job faults.commit_oneself_and_die: unknown" in texts(caplog)
     assert {r.name for r in caplog.records if "dbpool" in r.name} == {LOGGER}
 
 

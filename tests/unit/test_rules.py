@@ -6,6 +6,7 @@ No process, no database.
 from __future__ import annotations
 
 import math
+import re
 from functools import partial
 from itertools import product
 
@@ -25,9 +26,26 @@ from dbpool_executor._dispatch.pace import (
     updated_estimate,
     workers_to_start,
 )
-from dbpool_executor._dispatch.verdict import outcome_at_end
+from dbpool_executor._dispatch.verdict import (
+    Death,
+    death_of,
+    error_at_end,
+    lost_result_error,
+    may_repeat,
+    never_sent_error,
+    outcome_at_end,
+    resolved_error,
+)
+from dbpool_executor._wire.options import DEFAULTS
 from dbpool_executor._wire.phase import WORDS, Phase, PhaseRecord, Progress
-from dbpool_executor.errors import Outcome
+from dbpool_executor.errors import (
+    DBPoolError,
+    JobTimeoutError,
+    Outcome,
+    OutcomeUnknownError,
+    ResultLostError,
+    WorkerDiedError,
+)
 
 
 @pytest.mark.parametrize(
@@ -143,6 +161,106 @@ def test_every_phase_has_an_outcome() -> None:
     """No phase that a worker can leave behind makes the judgement fail."""
     for phase in Phase:
         assert isinstance(outcome_at_end(1, Progress(1, phase)), Outcome)
+
+
+@pytest.mark.parametrize("phase", Phase)
+def test_job_that_may_not_write_is_rolled_back_whatever_was_lost(phase: Phase) -> None:
+    """The database has let it write nothing; or it was never started."""
+    assert outcome_at_end(1, Progress(1, phase), read_only=True) is Outcome.ROLLED_BACK
+    never = outcome_at_end(2, Progress(1, phase), read_only=True)
+    assert never is Outcome.NEVER_STARTED
+    options = DEFAULTS.with_(read_only=True)
+    lost = lost_result_error(ValueError(), Outcome.UNKNOWN, options)
+    assert lost.outcome is Outcome.ROLLED_BACK
+
+
+BACK, NEVER = Outcome.ROLLED_BACK, Outcome.NEVER_STARTED
+DONE, UNKNOWN = Outcome.COMMITTED, Outcome.UNKNOWN
+
+
+@pytest.mark.parametrize(
+    ("outcome", "timeout", "kind", "repeats"),
+    [
+        (BACK, None, WorkerDiedError, True),
+        (NEVER, None, WorkerDiedError, False),
+        (DONE, None, ResultLostError, False),
+        (UNKNOWN, None, OutcomeUnknownError, False),
+        *((outcome, 2.0, JobTimeoutError, False) for outcome in Outcome),
+    ],
+)
+@pytest.mark.parametrize("killed_for", [None, "kill_workers() was called"])
+def test_death_of_a_worker_is_told_of_its_first_job_by_its_outcome(
+    outcome: Outcome,
+    timeout: float | None,
+    kind: type[DBPoolError],
+    repeats: bool,
+    killed_for: str | None,
+) -> None:
+    """The class says what to do, and the death is the cause or the error itself."""
+    error = error_at_end(Death(7, -9, killed_for), outcome, timeout=timeout)
+    assert type(error) is kind
+    assert error.outcome is outcome
+    assert may_repeat(error) is repeats
+    died = error if kind is WorkerDiedError else error.__cause__
+    assert isinstance(died, WorkerDiedError)
+    assert (died.pid, died.exitcode, died.killed_for) == (7, -9, killed_for)
+    assert ("OOM" in str(died)) is (killed_for is None)
+    assert (str(killed_for) in str(died)) is (killed_for is not None)
+
+
+@pytest.mark.parametrize("outcome", Outcome)
+@pytest.mark.parametrize("timeout", [None, 2.0])
+def test_answer_of_the_server_decides_what_was_unknown(
+    outcome: Outcome, timeout: float | None
+) -> None:
+    """It ends as if that had been known at once."""
+    unknown = error_at_end(Death(7, -9), UNKNOWN, timeout=timeout)
+    error = resolved_error(unknown, outcome)
+    assert error.outcome is outcome
+    assert type(error) is type(error_at_end(Death(7, -9), outcome, timeout=timeout))
+
+
+@pytest.mark.parametrize(
+    ("exitcode", "words"),
+    [
+        (-9, "was killed by the executor itself with SIGKILL: why"),
+        (-15, "was killed by the executor itself with SIGTERM: why"),
+        (None, "was killed by the executor itself: why"),
+        (1, "was killed by the executor itself: why"),
+        (-11, "was killed by SIGSEGV: a fault in an extension module"),
+    ],
+)
+def test_worker_that_the_executor_has_killed_did_not_run_out_of_memory(
+    exitcode: int | None, words: str
+) -> None:
+    """Unless another signal was faster, the reason is known."""
+    assert str(death_of(7, exitcode, "why")) == f"worker 7 {words}"
+
+
+def test_exit_status_that_is_not_to_be_had_is_not_guessed() -> None:
+    """Somebody else has reaped the worker."""
+    text = str(error_at_end(death_of(7, None, None), BACK))
+    assert "its exit status is not to be had" in text
+    assert not {"memory", "OOM", "SIG"} & set(re.findall(r"\w+", text))
+
+
+@pytest.mark.parametrize(("told", "outcome"), [(None, DONE), (UNKNOWN, UNKNOWN)])
+def test_lost_result_is_of_a_job_that_was_committed_or_committed_by_itself(
+    told: Outcome | None, outcome: Outcome
+) -> None:
+    """The worker has told, if that is not known."""
+    cause = ValueError("no")
+    error = lost_result_error(cause, told, DEFAULTS)
+    assert error.outcome is outcome
+    assert error.__cause__ is cause
+
+
+def test_job_that_no_worker_got_was_never_started() -> None:
+    """It had come back from one when all were killed."""
+    error = never_sent_error("kill_workers() was called")
+    assert error.outcome is NEVER
+    assert "kill_workers() was called" in str(error)
+    assert not may_repeat(error)
 
 
 def test_record_tells_the_last_job_and_its_phase() -> None:
