@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         TransactionAbortedError,
         WorkerDiedError,
         WorkerStartError,
+        WorkLostError,
         outcome_of,
     )
 
@@ -59,6 +60,7 @@ __all__ = [
     "ResultLostError",
     "Stats",
     "TransactionAbortedError",
+    "WorkLostError",
     "WorkerDiedError",
     "WorkerStartError",
     "current_engine",

@@ -28,6 +28,7 @@ __all__ = [
     "ResolveNotSupportedError",
     "ResultLostError",
     "TransactionAbortedError",
+    "WorkLostError",
     "WorkerDiedError",
     "WorkerStartError",
     "WorkerTraceback",
@@ -340,6 +341,29 @@ class TransactionAbortedError(DBPoolError):
             f"{self.text}, and the job went on without it; COMMIT would store half a "
             "job or nothing, so it was rolled back; let the error out of the job, or "
             "try the statement inside session.begin_nested()"
+        )
+
+
+class WorkLostError(TransactionAbortedError):
+    """The job closed a session with work that was not committed, and returned.
+
+    By ``session.close()``, ``session.remove()`` or ``with session() as s:``, which
+    undoes it. What else the job wrote is rolled back, too. The remedy is to leave the
+    session open: it is committed and closed when the job returns. What is only read may
+    be closed; so may what the job has committed, or undone with ``session.rollback()``.
+    """
+
+    def __init__(
+        self, text: str = "the job closed its session with work that was not committed"
+    ) -> None:
+        super().__init__(text)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.text}, by session.close(), session.remove() or `with session()`, "
+            "which undoes it, so the job was rolled back; write session.add(...) and "
+            "leave the session open, it is committed and closed when the job returns; "
+            "if the work is not wanted, call session.rollback() first"
         )
 
 

@@ -34,6 +34,7 @@ from ._wire.exceptions import dumps_exception
 from ._wire.options import DEFAULTS, JobOptions
 from ._wire.phase import WORDS, PhaseRecord
 from ._worker import main as worker
+from ._worker.sessions import SessionOptions
 from ._worker.transaction import NO_KEYWORDS, Database, here
 from .errors import DBPoolError, TransactionAbortedError
 
@@ -69,7 +70,8 @@ class InlineExecutor(DBPoolExecutor):
         initargs: Its positional arguments.
         max_tasks_per_child: Ignored.
         parent_engine: Ignored; no engine is disposed for it.
-        session_options: Keyword arguments for ``sessionmaker``. Unlike in a worker,
+        session_options: Keyword arguments for ``sessionmaker``, or a callable of the
+            engine that returns them. Unlike in a worker,
             ``bind`` may be a Connection of the test that is in a transaction; with
             ``join_transaction_mode="create_savepoint"`` the jobs' transactions are
             savepoints of it, and ``isolation_level`` and ``read_only`` are ignored.
@@ -98,7 +100,7 @@ class InlineExecutor(DBPoolExecutor):
         *,
         max_tasks_per_child: int | None = None,  # noqa: ARG002
         parent_engine: AnyEngine | Iterable[AnyEngine] | None = None,  # noqa: ARG002
-        session_options: Mapping[str, Any] | None = None,
+        session_options: SessionOptions | None = None,
         finalizer: Callable[..., object] | None = None,
         finalargs: tuple[Any, ...] = (),
         forward_logs: bool = False,  # noqa: ARG002
@@ -118,7 +120,7 @@ class InlineExecutor(DBPoolExecutor):
         self._options = DEFAULTS.with_(timeout=timeout, retries=retries)
         self._max_workers = 1
         self._dispatcher = _InlineDispatcher(
-            partial(_InlineDatabase, engine_factory, dict(session_options or {})),
+            partial(_InlineDatabase, engine_factory, session_options or {}),
             None if initializer is None else partial(initializer, *initargs),
             None if finalizer is None else partial(finalizer, *finalargs),
             is_ours=is_ours,
@@ -235,17 +237,17 @@ class _InlineDatabase(Database):
 
     Args:
         engine_factory: Gives it.
-        session_options: Keyword arguments for ``sessionmaker``.
+        session_options: Keyword arguments for ``sessionmaker``, or a callable.
     """
 
     _is_shared = True
 
     def __init__(
-        self, engine_factory: Callable[[], Engine], session_options: Mapping[str, Any]
+        self, engine_factory: Callable[[], Engine], session_options: SessionOptions
     ) -> None:
         record = PhaseRecord([0] * WORDS)
         super().__init__(partial(_view_of, engine_factory), session_options, record)
-        self._is_joined = isinstance(session_options.get("bind"), Connection)
+        self._is_joined = isinstance(self.sessions.maker.kw["bind"], Connection)
         if self._is_joined:
             event.listen(self.sessions.maker, "before_commit", self._before_commit)
 

@@ -107,19 +107,30 @@ def check_reachable(name: str, value: object) -> None:
             )
 
 
-def check_session_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Refuse what would tie a worker's sessions to another engine than its own.
+def check_session_options(
+    options: Mapping[str, Any] | Callable[[Engine], Mapping[str, Any]] | None,
+) -> dict[str, Any] | Callable[[Engine], Mapping[str, Any]]:
+    """Refuse what would tie a worker's sessions to another process's engine.
+
+    Args:
+        options: Keyword arguments for ``sessionmaker``; or a callable that gives them
+            in a worker, where it may make engines.
 
     Raises:
-        TypeError: They name an engine or a connection.
+        TypeError: They name an engine or a connection, or are neither.
     """
+    if options is None:
+        return {}
+    if callable(options):
+        return options
     try:
         pack_call(dict, (), dict(options))
     except NotPlainError as exc:
         place = exc.place.replace("kwargs", "session_options", 1)
         raise TypeError(
             f"{place} is a {exc.type_name}; leave it out, the sessions of a worker use "
-            "what the engine factory makes there"
+            "what the engine factory makes there; or pass a function of that engine "
+            "which makes others and returns the options"
         ) from None
     except Exception:  # noqa: S110 - under fork it need not pickle
         pass

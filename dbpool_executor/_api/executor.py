@@ -19,7 +19,7 @@ import itertools
 import signal
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from functools import partial
 from multiprocessing.context import BaseContext
@@ -40,6 +40,7 @@ from .._wire.locate import name_of
 from .._wire.logs import levels_set
 from .._wire.options import DEFAULTS, JobOptions
 from .._worker.main import WorkerSetup, run_chunk
+from .._worker.sessions import SessionOptions
 from .arguments import (
     check_context,
     check_count,
@@ -216,7 +217,9 @@ class DBPoolExecutor(_JobExecutor):
             default it lives as long as the executor.
         parent_engine: An Engine or AsyncEngine that this process itself uses, or
             several; its idle connections are closed before the first worker starts.
-        session_options: Keyword arguments for the ``sessionmaker`` of each worker.
+        session_options: Keyword arguments for the ``sessionmaker`` of each worker. Or
+            a callable that is called in each worker, with its engine, and returns them:
+            it may make engines for ``binds``, which are disposed with the worker's own.
         finalizer: Called in each worker, as a transaction of its own, after its last
             job and before its engine is disposed. Not in a worker that is killed.
         finalargs: Its positional arguments.
@@ -244,7 +247,7 @@ class DBPoolExecutor(_JobExecutor):
         *,
         max_tasks_per_child: int | None = None,
         parent_engine: AnyEngine | Iterable[AnyEngine] | None = None,
-        session_options: Mapping[str, Any] | None = None,
+        session_options: SessionOptions | None = None,
         finalizer: Callable[..., object] | None = None,
         finalargs: tuple[Any, ...] = (),
         forward_logs: bool = False,
@@ -263,7 +266,7 @@ class DBPoolExecutor(_JobExecutor):
         context = default_context() if mp_context is None else check_context(mp_context)
         start_method = context.get_start_method()
         forks = start_method == "fork"
-        sessions = check_session_options(session_options or {})
+        sessions = check_session_options(session_options)
         if not forks:
             check_reachable("engine_factory", factory)
             for name, value in (

@@ -1,6 +1,6 @@
 """Asks the driver or the server whether anything was committed, where they can tell.
 
-Runs in a worker. Each takes a connection of the driver's, and raises whatever the driver
+Runs in both processes. Each takes a connection of the driver's, and raises whatever the driver
 raises.
 """
 
@@ -10,8 +10,6 @@ import re
 import time
 from contextlib import suppress
 from typing import Any
-
-_IDLE = 0  # PQTRANS_IDLE of libpq, the same in psycopg and psycopg2
 
 _SAVEPOINT = "dbpool_executor_mark"
 _CHANGED_FOR_GOOD = 1196  # ER_WARNING_NOT_COMPLETE_ROLLBACK
@@ -29,17 +27,6 @@ _WORD = re.compile(r"[\w$]+")
 _BEFORE_DOT = re.compile(r"([\w$]+)`?\s*\.")
 _FRESH = 10.0  # seconds for which a list of tables is believed, and
 _FRESH_PER_SECOND = 1000.0  # for each that it took
-
-
-def is_in_transaction(connection: Any) -> bool | None:
-    """Say whether a transaction is open, as the driver knows it; None if it does not."""
-    state = getattr(connection, "in_transaction", None)  # sqlite3
-    if isinstance(state, bool):
-        return state
-    # psycopg, whose ``info`` says the same in more steps; psycopg2.
-    libpq = getattr(connection, "pgconn", None) or getattr(connection, "info", None)
-    status = getattr(libpq, "transaction_status", None)
-    return None if status is None else status != _IDLE
 
 
 def begins_by_itself(connection: Any) -> bool:
@@ -119,8 +106,10 @@ class TablesWithoutTransactions:
             return False
         text = statement.lower()
         # Large servers have many schemas: only those that are used are read.
-        if self._others and (
-            used := self._others.intersection(_BEFORE_DOT.findall(text))
+        if (
+            self._others
+            and "." in text
+            and (used := self._others.intersection(_BEFORE_DOT.findall(text)))
         ):
             self._others -= used
             self._used |= used

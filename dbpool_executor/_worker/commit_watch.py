@@ -1,114 +1,93 @@
-"""Watches the commits of a worker's engine: whose they are, and whether they are whole.
+"""Watches the commits of a job: whose they are, whether they are whole, what is lost.
 
 Runs in a worker.
 """
 
 from __future__ import annotations
 
-import functools
-import re
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 
-from sqlalchemy import Dialect, Engine, event
+from sqlalchemy import Connection
 from sqlalchemy.engine import ExceptionContext
-from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import PoolProxiedConnection
 
 from .._drivers import errors as drivers
-from .._drivers.connections import autocommits, is_sqlite
+from .._drivers import questions
+from .._drivers.connections import autocommits, status_of
+from .._drivers.statements import Effect
+from .._drivers.table import Status
 from .._wire.phase import Phase, PhaseRecord
 from ..errors import TransactionAbortedError
 from .timeout import Alarm
+from .traits import Traits
 
-
-@functools.lru_cache(maxsize=512)
-def _begins(words: str, statement: str) -> bool:
-    """Say whether a statement begins with words, comments before them aside."""
-    return _beginning(words).match(statement) is not None
-
-
-@functools.cache
-def _beginning(words: str) -> re.Pattern[str]:
-    comments = r"(?:\s|--[^\n]*\n|#[^\n]*\n|/\*.*?\*/)*"
-    return re.compile(rf"{comments}(?:{words})\b", re.IGNORECASE | re.DOTALL)
-
-
-_COMMITS = r"COMMIT|END|PREPARE\s+TRANSACTION"
-# MariaDB documentation, "SQL statements that cause an implicit commit"; and a procedure
-# may do what it likes.
-_COMMITS_ON_MYSQL = (
-    r"ALTER|ANALYZE|BEGIN|CACHE|CALL|CHANGE|CHECK|COMMIT|CREATE|DROP|FLUSH|GRANT|INSTALL"
-    r"|LOAD\s+INDEX|LOCK|OPTIMIZE|RENAME|REPAIR|RESET|REVOKE"
-    r"|SET\b[^=]*\b(?:AUTOCOMMIT|PASSWORD)|START|STOP|TRUNCATE|UNINSTALL|UNLOCK|XA"
-)
-# Before these alone the sqlite3 module begins a transaction (Python documentation,
-# "sqlite3", "Transaction control").
-_BEGINS_ON_SQLITE = "INSERT|UPDATE|DELETE|REPLACE"
-_READS_ON_SQLITE = (
-    r"SELECT|VALUES|EXPLAIN|PRAGMA|BEGIN|ROLLBACK"
-    r"|WITH\b(?!.*\b(?:INSERT|UPDATE|DELETE|REPLACE)\b)"
-)
 _ONE_STATEMENT = "a lock wait timeout undid one statement (error 1205)"
 _ALL_BEFORE = "a deadlock undid everything before it (error 1213)"
+
+Where = DBAPIConnection | None
 
 
 class CommitWatch:
     """Sees every COMMIT before it is sent, refuses a broken one, notes the phase.
 
+    A statement that may commit is noted as a commit of the job's own before it is sent:
+    what cannot be excluded has to be expected, should the worker die. It is taken back
+    where the driver or the server proves that nothing was committed.
+
     Args:
-        engine: The worker's.
         record: Where the phase is noted.
         alarm: Asked whether there is time for a COMMIT.
-        is_shared: Whether others of this process use the engine's dialect as well.
+        found: Called with each connection of an engine that is not watched.
 
     Attributes:
-        by_the_job: Whether the running job has committed anything by itself.
+        by_the_job: Whether the running job may have committed anything by itself.
         is_ending: Whether its function is over: the commits from here on are not its own.
         is_used: Whether there is anything to forget before the next job.
         autocommits: Whether the job has used a connection whose statements commit.
+        is_work_lost: Whether a session of the job was closed with work that was not
+            committed.
+        has_committed: Whether, of the commits at the end of the job, one has succeeded.
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        record: PhaseRecord,
-        alarm: Alarm,
-        *,
-        is_shared: bool = False,
+        self, record: PhaseRecord, alarm: Alarm, found: Callable[[Connection], None]
     ) -> None:
         self._record = record
         self._alarm = alarm
+        self._found = found
         self.by_the_job = False
         self.is_ending = False
         self.is_used = False
         self.autocommits = False
         self._committed = 0  # transactions of the job whose COMMIT has succeeded
+        self.is_work_lost = False
+        self.has_committed = False
         # What the database undid, and where.
-        self._undone: dict[DBAPIConnection | None, str] = {}
-        self._begun: list[DBAPIConnection | None] = []  # connections used by the job
-        name = engine.dialect.name
-        self._may_abort = name == "postgresql"
-        self._is_sqlite = name == "sqlite"
-        self._undoes = name in ("mysql", "mariadb")
-        self._words = _COMMITS_ON_MYSQL if self._undoes else _COMMITS
-        if is_shared:
-            self._listen_to(engine)
-        else:
-            self._wrap(engine.dialect)
-        if self._undoes:
-            event.listen(engine, "handle_error", self._note_undone)
+        self._undone: dict[Where, str] = {}
+        self._begun: list[Where] = []  # connections used by the job
+        self._written: dict[Where, Traits] = {}  # where work is not committed
+        self._marked: set[Where] = set()  # where a savepoint tells of commits
+        self._owners: dict[Where, int] = {}  # sessions of the job, by id()
+        # Rolled back by a session, which has not yet said that it was meant to be.
+        self._dropped: set[Where] = set()
+        self._watched: set[object] = set()  # dialects
+        self._has_begun_to_commit = False  # at the end, where nothing is heard after it
 
     def begin_job(self) -> None:
         """Note that what follows is the next job's."""
         self.by_the_job = self.is_ending = self.is_used = self.autocommits = False
+        self.is_work_lost = self.has_committed = self._has_begun_to_commit = False
         self._committed = 0
         self._begun.clear()
         self._undone.clear()
+        self._written.clear()
+        self._marked.clear()
+        self._owners.clear()
+        self._dropped.clear()
         self._record.note_xid(0)
 
     @property
@@ -125,15 +104,84 @@ class CommitWatch:
         """Note that the function of the job is over."""
         self.is_ending = self.is_used = True
 
-    def roll_back(self) -> None:
+    @property
+    def may_have_committed(self) -> bool:
+        """Whether it is not known that the job has committed nothing by itself."""
+        return self.by_the_job or bool(self._marked)
+
+    @property
+    def has_several(self) -> bool:
+        """Whether the job has begun transactions on more than one connection."""
+        return len(set(map(id, self._begun))) > 1
+
+    def has_lost_work(self, current: Session | None) -> bool:
+        """Say whether work of the job would be lost although it has not raised.
+
+        Args:
+            current: The session that will be committed; None if there is none.
+        """
+        return (
+            self.is_work_lost
+            or bool(self._dropped)
+            or any(
+                self._owners.get(where, id(current)) != id(current)
+                for where in self._written
+            )
+        )
+
+    def roll_back(self) -> bool:
         """Roll back what is open, after a COMMIT has failed.
 
         SQLAlchemy does not: for it a transaction has ended when its COMMIT raised. But
         SQLite keeps it open when COMMIT is refused (sqlite.org/lang_transaction.html),
         and so does every database when a listener raises before COMMIT is sent.
+
+        Returns:
+            Whether it is not known that nothing was committed.
         """
-        for connection in self._begun:
-            _roll_back(connection)
+        # What they could tell went with the transaction.
+        self.by_the_job = self.may_have_committed
+        is_split = False
+        for where in self._begun:
+            traits = self._written.get(where)
+            if traits is not None and traits.is_sqlite:
+                with suppress(Exception):
+                    is_split |= questions.is_several_files(where)
+            _roll_back(where)
+        return self.has_committed or is_split
+
+    def ask(self) -> None:
+        """Ask whether anything is committed, now that the job has failed."""
+        if self.by_the_job:
+            return
+        for where in self._marked:
+            self.by_the_job |= not questions.is_marked(where)
+        self._marked.clear()
+        for where, traits in list(self._written.items()):
+            if traits.undoes and not self.by_the_job:
+                _roll_back(where)
+                self._ask_after_rollback(where)
+        self._written.clear()
+
+    def give_up(self) -> None:
+        """Take it that what cannot be asked any more is committed."""
+        self.by_the_job = self.may_have_committed
+        self._marked.clear()
+
+    # -- What sessions tell ------------------------------------------------------
+
+    def after_begin(
+        self, session: Session, _transaction: object, connection: Connection
+    ) -> None:
+        """Note whose a connection is, and watch its engine."""
+        if connection.dialect not in self._watched:
+            self._found(connection)
+        fairy = connection._dbapi_connection
+        if fairy is not None:
+            self._owners[fairy.dbapi_connection] = id(session)
+        if self._dropped:  # it has begun again, and said nothing
+            self.is_work_lost = True
+            self._dropped.clear()
 
     def after_commit(self, session: Session) -> None:
         """Note that a session's COMMIT is over; that of a savepoint is none."""
@@ -142,95 +190,58 @@ class CommitWatch:
         elif not self.by_the_job and not session.in_nested_transaction():
             self._record.advance(Phase.COMMITTED)
 
-    # -- How it hears -----------------------------------------------------------
+    def after_rollback(self, session: Session) -> None:
+        """Note that a session was rolled back on purpose; its close() says nothing."""
+        if self._dropped and not session.in_nested_transaction():
+            own = id(session)
+            self._dropped = {w for w in self._dropped if self._owners.get(w) != own}
 
-    def _wrap(self, dialect: Dialect) -> None:
-        """Hear from the dialect, by whose methods an engine does all that it does.
+    def before_close(self, session: Session) -> None:
+        """Note what a session that is closed has not even sent."""
+        if self.is_ending or self.is_work_lost:
+            return
+        if (
+            session.new
+            or session.deleted
+            or any(map(session.is_modified, session.dirty))
+        ):
+            self.is_used = self.is_work_lost = True
 
-        Dearer are an engine's events: with a single listener, SQLAlchemy joins two sets
-        of them anew for each connection of each job (benchmarks/README.md).
+    # -- What engines tell -------------------------------------------------------
+
+    def note_watched(self, dialect: object) -> None:
+        """Note that the engines with a dialect are watched."""
+        self._watched.add(dialect)
+
+    def note_lent(self, where: Where, traits: Traits) -> None:
+        """Note that the job has got a driver's own connection, where it may commit."""
+        if not self.is_ending:
+            self._note_commit()
+            self._written[where] = traits
+
+    def before_begin(self, connection: PoolProxiedConnection, traits: Traits) -> None:
+        """Note where a transaction begins."""
+        where = connection.dbapi_connection
+        self.is_used = True
+        self._begun.append(where)
+        if self.is_ending:
+            return
+        if self.by_the_job:
+            self._alarm.end_commit()
+        if not traits.is_sqlite and autocommits(where):
+            self.autocommits = True
+            self._note_commit()
+
+    def before_commit(self, connection: PoolProxiedConnection, traits: Traits) -> None:
+        """Refuse a COMMIT that would not be whole, or note it.
+
+        Raises:
+            TransactionAbortedError: It would store half a job, or nothing.
+            JobInterrupt: The time is up.
         """
-
-        def before(name: str, call: Callable[..., None]) -> None:
-            method = getattr(dialect, name)
-
-            def wrapped(*args: Any, **options: Any) -> Any:
-                call(*args)
-                return method(*args, **options)
-
-            setattr(dialect, name, wrapped)
-
-        # What each job does goes through as few calls as it can.
-        does_nothing = DefaultDialect.do_begin
-        if getattr(dialect.do_begin, "__func__", None) is does_nothing:
-            vars(dialect)["do_begin"] = self._before_begin
-        else:
-            before("do_begin", self._before_begin)
-        do_commit, do_execute = dialect.do_commit, dialect.do_execute
-
-        def commit(connection: PoolProxiedConnection) -> None:
-            self._before_commit(connection)
-            do_commit(connection)
-            self._committed += 1
-
-        def execute(
-            cursor: Any, statement: str, values: Any, context: Any = None
-        ) -> None:
-            if self._is_sqlite or _begins(self._words, statement):
-                self._before_statement(cursor, statement)
-            do_execute(cursor, statement, values, context)
-
-        vars(dialect).update(do_commit=commit, do_execute=execute)
-        for name in ("do_prepare_twophase", "do_commit_twophase"):
-            before(name, lambda on, *_rest: self._before_commit(on.connection))
-        for name in ("do_executemany", "do_execute_no_params"):
-            before(name, self._before_statement)
-        before("set_isolation_level", self._note_level)
-        if self._undoes:
-            before("do_rollback", self._forget_undone)
-            before(
-                "do_rollback_to_savepoint",
-                lambda on, _name: self._forget_undone(on.connection, _ONE_STATEMENT),
-            )
-
-    def _listen_to(self, engine: Engine) -> None:
-        """Hear from an engine's events, and not of other engines with its dialect."""
-
-        def before(name: str, call: Callable[..., None]) -> None:
-            event.listen(engine, name, lambda on, *rest: call(on.connection, *rest))
-
-        before("begin", self._before_begin)
-        for name in ("commit", "prepare_twophase", "commit_twophase"):
-            before(name, lambda on, *_rest: self._before_commit(on))
-        before("commit", self._count_commit)
-        event.listen(
-            engine,
-            "before_cursor_execute",
-            lambda _on, *statement: self._before_statement(*statement),
-        )
-        event.listen(
-            engine,
-            "set_connection_execution_options",
-            lambda on, options: self._note_level(on, options.get("isolation_level")),
-        )
-        event.listen(
-            engine,
-            "engine_connect",
-            lambda on: self._note_level(
-                on, on.get_execution_options().get("isolation_level")
-            ),
-        )
-        if self._undoes:
-            before("rollback", self._forget_undone)
-            before(
-                "rollback_savepoint",
-                lambda on, *_rest: self._forget_undone(on, _ONE_STATEMENT),
-            )
-
-    def _before_commit(self, connection: PoolProxiedConnection) -> None:
         where = connection.dbapi_connection
         try:
-            if self._may_abort and drivers.is_aborted(where):
+            if traits.may_abort and drivers.is_aborted(where):
                 raise TransactionAbortedError(
                     "a database error aborted the transaction"
                 )
@@ -242,41 +253,108 @@ class CommitWatch:
             raise
         self._note_commit()
 
-    def _count_commit(self, _connection: object) -> None:
+    def after_commit_of(self, connection: PoolProxiedConnection) -> None:
+        """Note that a COMMIT has succeeded."""
+        self._written.pop(connection.dbapi_connection, None)
         self._committed += 1
-
-    def _note_commit(self) -> None:
-        self.is_used = True
-        self.by_the_job = self.by_the_job or not self.is_ending
-        self._record.advance(Phase.COMMITTING)
-
-    def _before_begin(self, connection: PoolProxiedConnection) -> None:
-        where = connection.dbapi_connection
-        self.is_used = True
-        self._begun.append(where)
         if self.is_ending:
-            return
-        if self.by_the_job:
-            self._alarm.end_commit()
-        if not self._is_sqlite and autocommits(where):
-            self.autocommits = True
-            self._note_commit()
+            self.has_committed = True
 
-    def _note_level(self, _connection: object, level: str | None) -> None:
+    def before_untold_commit(
+        self, connection: PoolProxiedConnection, traits: Traits
+    ) -> None:
+        """Do the same where nobody says whether it has succeeded."""
+        # If there is another one, the last one has.
+        self.has_committed |= self._has_begun_to_commit
+        self.before_commit(connection, traits)
+        self._committed += 1
+        self._has_begun_to_commit = self.is_ending
+        self._written.pop(connection.dbapi_connection, None)
+
+    def before_rollback(self, connection: PoolProxiedConnection) -> Traits | None:
+        """Ask what can be asked before a ROLLBACK, and note what is lost by it.
+
+        Returns:
+            What :meth:`after_rollback_of` needs, if anything was written.
+        """
+        where = connection.dbapi_connection
+        self.forget_undone(where)
+        traits = self._written.pop(where, None)
+        if traits is None:
+            return None
+        if where in self._marked:
+            self.by_the_job |= not questions.is_marked(where)
+            self._marked.discard(where)
+            if not self.may_have_committed:
+                self._record.advance(Phase.RUNNING)
+        if (
+            where in self._owners
+            and not self.is_ending
+            and status_of(where) is not Status.IDLE
+            and not autocommits(where)
+        ):
+            self._dropped.add(where)
+        return traits
+
+    def after_rollback_of(
+        self, connection: PoolProxiedConnection, traits: Traits
+    ) -> None:
+        """Ask whether a ROLLBACK has left anything where it was."""
+        if traits.undoes and not self.by_the_job:
+            self._ask_after_rollback(connection.dbapi_connection)
+
+    def before_statement(
+        self, effect: Effect, where: Where, statement: str, traits: Traits
+    ) -> bool:
+        """Note what a statement may do.
+
+        Returns:
+            Whether :meth:`after_statement` has to be called.
+        """
+        self.is_used = True
+        self._written[where] = traits
+        if traits.is_sqlite:
+            is_open = status_of(where) is Status.OPEN
+            if effect is Effect.COMMITS:
+                is_first = not self.may_have_committed
+                self._note_commit()
+                return is_open and is_first
+            if not is_open and not (
+                effect is Effect.WRITES and questions.begins_by_itself(where)
+            ):
+                self._note_commit()
+        elif effect is Effect.COMMITS:
+            if traits.tables is not None:
+                traits.tables.forget()
+            if not (traits.undoes and self._mark(where)):
+                self._note_commit()
+        elif traits.tables is not None and not self.by_the_job:
+            try:
+                commits = traits.tables.are_named_in(statement, where)
+            except Exception:  # nobody is there to be asked
+                commits = True
+            if commits:
+                self._note_commit()
+        return False
+
+    def after_statement(self, where: Where) -> None:
+        """Take back that a statement may have committed, if the driver proves it.
+
+        SQLite's alone: what ends its transaction begins no other one.
+        """
+        if status_of(where) is Status.OPEN:
+            self.by_the_job = False
+            self._record.advance(Phase.RUNNING)
+
+    def note_level(self, level: str | None) -> None:
+        """Note that a connection commits each statement from now on."""
         # At the end of a job it is only put back to what it was.
         if level == "AUTOCOMMIT" and not self.is_ending:
             self.autocommits = True
             self._note_commit()
 
-    def _before_statement(self, cursor: object, statement: str, *_rest: object) -> None:
-        if self._is_sqlite:
-            commits = _commits_on_sqlite(getattr(cursor, "connection", None), statement)
-        else:
-            commits = _begins(self._words, statement)
-        if commits:
-            self._note_commit()
-
-    def _note_undone(self, context: ExceptionContext) -> None:
+    def note_undone(self, context: ExceptionContext) -> None:
+        """Note what an error of MySQL or MariaDB has undone."""
         error, connection = context.sqlalchemy_exception, context.connection
         if not isinstance(error, DBAPIError) or error.connection_invalidated:
             return
@@ -290,29 +368,44 @@ class CommitWatch:
         elif number == drivers.LOCK_WAIT_TIMEOUT:
             self._undone.setdefault(where, _ONE_STATEMENT)
 
-    def _forget_undone(
-        self, connection: PoolProxiedConnection, what: str | None = None
-    ) -> None:
+    def before_rollback_to_savepoint(self, connection: PoolProxiedConnection) -> None:
+        """Forget the statement that was undone: what is left is whole again."""
         # A savepoint does not outlive a deadlock.
-        if self._undone and what in (
-            None,
-            self._undone.get(connection.dbapi_connection),
-        ):
-            self._undone.pop(connection.dbapi_connection, None)
+        where = connection.dbapi_connection
+        if self._undone.get(where) == _ONE_STATEMENT:
+            del self._undone[where]
+
+    def forget_undone(self, where: Where) -> None:
+        """Forget what was undone: nothing is left."""
+        if self._undone:
+            self._undone.pop(where, None)
+
+    # -- ------------------------------------------------------------------------
+
+    def _note_commit(self) -> None:
+        self.is_used = True
+        self.by_the_job = self.by_the_job or not self.is_ending
+        self._record.advance(Phase.COMMITTING)
+
+    def _mark(self, where: Where) -> bool:
+        """Leave a savepoint that tells whether what follows commits."""
+        if self.is_ending or self.by_the_job or autocommits(where):
+            return False
+        if where not in self._marked:
+            try:
+                questions.mark(where)
+            except Exception:  # the statement will say why
+                return False
+            self._marked.add(where)
+        self._record.advance(Phase.COMMITTING)
+        return True
+
+    def _ask_after_rollback(self, where: Where) -> None:
+        with suppress(Exception):  # it is lost, and what it has not committed
+            self.by_the_job |= questions.has_changed_for_good(where)
 
 
-def _roll_back(connection: DBAPIConnection | None) -> None:
+def _roll_back(connection: Where) -> None:
     if connection is not None:
         with suppress(Exception):  # it is lost, and what it has not committed
             connection.rollback()
-
-
-def _commits_on_sqlite(driver_connection: Any, statement: str) -> bool:
-    is_known = is_sqlite(driver_connection)
-    if not is_known or driver_connection.in_transaction:
-        return _begins(_COMMITS, statement)
-    if driver_connection.isolation_level is not None and _begins(
-        _BEGINS_ON_SQLITE, statement
-    ):
-        return False
-    return not _begins(_READS_ON_SQLITE, statement)

@@ -37,6 +37,7 @@ from .engine_warnings import notes_on, watch_limit
 from .hard_exit import leave
 from .lookup import outcome_of
 from .parent_watch import ParentWatch
+from .sessions import SessionOptions
 from .transaction import NO_KEYWORDS, Database, current_engine, here
 
 T = TypeVar("T")
@@ -52,7 +53,7 @@ class WorkerSetup(NamedTuple):
     """What a worker needs before its first job."""
 
     engine_factory: Callable[[], Engine]
-    session_options: Mapping[str, Any]
+    session_options: SessionOptions
     initializer: Callable[[], object] | None
     finalizer: Callable[[], object] | None
     max_workers: int

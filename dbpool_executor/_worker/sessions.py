@@ -5,9 +5,10 @@ Runs in a worker, in the thread that runs its jobs.
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from operator import attrgetter
 from types import SimpleNamespace
@@ -17,8 +18,12 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.orm import Session, SessionEvents, sessionmaker
 from sqlalchemy.pool import ConnectionPoolEntry
 
+from .._wire.locate import full_name
+
 log = logging.getLogger("dbpool_executor")
 
+SessionOptions = Mapping[str, Any] | Callable[[Engine], Mapping[str, Any]]
+"""Keyword arguments for ``sessionmaker``, or what gives them for the worker's engine."""
 
 # Of a session, for each event. Where there are only those of its class, which each
 # session has, SQLAlchemy has one and the same object for all sessions.
@@ -32,14 +37,32 @@ class Sessions:
 
     Args:
         engine: The worker's.
-        options: Keyword arguments for ``sessionmaker``.
+        options: Keyword arguments for ``sessionmaker``, or what gives them for an
+            engine.
+        before_close: Called with each session that is about to be closed.
 
     Attributes:
         maker: Of which all of them are; it takes listeners.
+
+    Raises:
+        TypeError: What the options give is no mapping.
+        Exception: Whatever they raise.
     """
 
-    def __init__(self, engine: Engine, options: Mapping[str, Any]) -> None:
-        self.maker = sessionmaker(**{"bind": engine, **options})
+    def __init__(
+        self,
+        engine: Engine,
+        options: SessionOptions,
+        before_close: Callable[[Session], None],
+    ) -> None:
+        given = options(engine) if callable(options) else options
+        if not isinstance(given, Mapping):
+            raise TypeError(
+                f"session_options returned a {full_name(type(given))}; it must return "
+                "the keyword arguments of sqlalchemy.orm.sessionmaker(), as a dict"
+            )
+        self.maker = sessionmaker(**{"bind": engine, **given})
+        _call_before_close(self.maker.class_, before_close)
         self._engine = engine
         self._unused: Session | None = None  # as good as new, for the next job
         self._as_made: dict[str, object] = {}  # what the last one was made of
@@ -61,10 +84,21 @@ class Sessions:
         """
         # Not maker(), which joins its keywords anew for each session.
         new: Any = self.maker.class_
-        bind = {} if engine is self._engine else {"bind": engine}
+        is_as_given = (
+            engine is self._engine or self.maker.kw["bind"] is not self._engine
+        )
+        bind = {} if is_as_given else {"bind": engine}
         self._new = partial(new, **(self.maker.kw | bind))
         self._makes_read_only = read_only
         self._unused = None
+
+    def other_engines(self) -> Iterator[Engine]:
+        """Give the engines that the options name, besides the worker's."""
+        binds = [self.maker.kw["bind"], *(self.maker.kw.get("binds") or {}).values()]
+        for bind in binds:
+            engine = getattr(bind, "engine", None)
+            if isinstance(engine, Engine) and engine.pool is not self._engine.pool:
+                yield engine
 
     def open(self) -> Session:
         """Make a session, or give one that is as good as new."""
@@ -109,6 +143,22 @@ class Sessions:
             )
         except Exception:  # what the job has put there refuses to be compared
             return False
+
+
+def _call_before_close(maker_class: Any, before_close: Callable[[Any], None]) -> None:
+    """Have a function called before the sessions of a sessionmaker's own class close."""
+
+    def calling(close: Callable[[Any], None]) -> Callable[[Any], None]:
+        @functools.wraps(close)
+        def wrapped(session: Any) -> None:
+            before_close(session)
+            close(session)
+
+        return wrapped
+
+    for name in ("close", "reset", "invalidate"):
+        if (close := getattr(maker_class, name, None)) is not None:
+            setattr(maker_class, name, calling(close))
 
 
 def _own_references() -> int:

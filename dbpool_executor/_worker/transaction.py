@@ -9,12 +9,14 @@ import logging
 import os
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sqlalchemy import Engine, event
+from sqlalchemy import Connection, Engine, event
 from sqlalchemy.orm import Session, scoped_session
-from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.pool import ConnectionPoolEntry, Pool
+from sqlalchemy.pool.base import _ConnectionFairy
 from sqlalchemy.util import ScopedRegistry
 
 from .._drivers import cancel
@@ -39,12 +41,15 @@ from ..errors import (
     OutsideJobError,
     ResolveNotSupportedError,
     ResultLostError,
+    WorkLostError,
 )
 from . import lookup
 from .commit_watch import CommitWatch
+from .engine_hooks import hook, listen
 from .hard_exit import leave
-from .sessions import Sessions
+from .sessions import SessionOptions, Sessions
 from .timeout import Alarm, JobInterrupt
+from .traits import traits_of
 
 log = logging.getLogger("dbpool_executor")
 
@@ -131,7 +136,8 @@ class Database:
 
     Args:
         engine_factory: Makes the engine; called once, here.
-        session_options: Keyword arguments for ``sessionmaker``.
+        session_options: Keyword arguments for ``sessionmaker``, or what gives them for
+            an engine.
         record: Where the phase of the running job is noted.
 
     Attributes:
@@ -154,7 +160,7 @@ class Database:
     def __init__(
         self,
         engine_factory: Callable[[], Engine],
-        session_options: Mapping[str, Any],
+        session_options: SessionOptions,
         record: PhaseRecord,
     ) -> None:
         engine = engine_factory()
@@ -170,19 +176,26 @@ class Database:
             )
         refuse_inherited(engine)
         self.engine = engine
-        self.sessions = Sessions(engine, session_options)
-        self.session: Session | None = None
         self._record = record
         self.alarm = Alarm(self.cancel_statements)
-        self._commits = CommitWatch(
-            engine, record, self.alarm, is_shared=self._is_shared
-        )
-        event.listen(self.sessions.maker, "after_commit", self._commits.after_commit)
-        event.listen(engine, "connect", cancel.note_session)
-        if not self._is_shared:
+        # Of other databases that the sessions use as well.
+        self._other_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+        commits = self._commits = CommitWatch(record, self.alarm, self._watch_other)
+        self.sessions = Sessions(engine, session_options, commits.before_close)
+        self.session: Session | None = None
+        if self._is_shared:
+            listen(commits, engine)
+        else:
+            hook(commits, engine)
             event.listen(engine, "handle_error", drivers.give_up_lost)
         # Of a COMMIT that was found to be rolled back, until it is known if it is repeated.
         self._resolved: BaseException | None = None
+        event.listen(engine, "connect", cancel.note_session)
+        for name in ("after_begin", "after_commit", "after_rollback"):
+            event.listen(self.sessions.maker, name, getattr(commits, name))
+        if not self._is_shared:
+            for other in self.sessions.other_engines():
+                self._watch_engine(other)
         self.is_running = False  # a job
         self.is_committed = True
         self._pid = os.getpid()
@@ -231,18 +244,23 @@ class Database:
             # job's: the connection is not used again.
             if self.session is not None:
                 self.session.invalidate()
-            self.engine.dispose()
+            for engine in self._engines():
+                engine.dispose()
             self.was_interrupted = True
+            self._commits.give_up()
             cause = exc.__cause__
             done = cancel.what_was_done(cause, has_cancelled=self.alarm.has_cancelled)
             error = JobTimeoutError(options.timeout or 0.0, done=done)
             raise self._exact(error) from cause
         except DBPoolError as exc:
+            self._commits.ask()
             self._exact(exc)
             raise
         except Exception:
+            self._commits.ask()
             raise
         except BaseException as exc:
+            self._commits.ask()
             raise self._exact(JobExitedError(repr(exc))) from exc
         finally:
             if self.session is not None or self._was_lent:
@@ -252,7 +270,9 @@ class Database:
     @property
     def failed_outcome(self) -> Outcome:
         """What is known of a job that has raised, by the commits of its own."""
-        return Outcome.UNKNOWN if self._commits.by_the_job else Outcome.ROLLED_BACK
+        return (
+            Outcome.UNKNOWN if self._commits.may_have_committed else Outcome.ROLLED_BACK
+        )
 
     def may_repeat(self, error: Exception) -> bool:
         """Say whether the job that raised may succeed if it is run again.
@@ -261,7 +281,7 @@ class Database:
             error: What :meth:`run` has just raised.
         """
         resolved, self._resolved = self._resolved, None
-        if isinstance(error, DBPoolError) or self._commits.by_the_job:
+        if isinstance(error, DBPoolError) or self._commits.may_have_committed:
             return False
         return error is resolved or drivers.is_transient(error)
 
@@ -272,11 +292,17 @@ class Database:
             Whether there is nothing that could not be cancelled.
         """
         told = [cancel.cancel(self.engine, entry) for entry in self._entries_in_use()]
+        told += [
+            cancel.cancel(engine, entry)
+            for engine in list(self._other_engines)
+            for entry in _in_use(engine.pool)
+        ]
         return all(told)
 
     def dispose(self) -> None:
-        """Close the engine's connections."""
-        self.engine.dispose()
+        """Close the connections of all engines."""
+        for engine in self._engines():
+            engine.dispose()
 
     # -- For the job ------------------------------------------------------------
 
@@ -313,6 +339,8 @@ class Database:
             if self._pid != (process_id.known_pid or os.getpid()):
                 _end_copy(fn)
         current = self.session if options.commit else None
+        if options.commit and self._commits.has_lost_work(current):
+            raise WorkLostError
         if current is not None:
             current.flush()
         # Pickled before the commit: a job whose result cannot travel must be rolled
@@ -326,7 +354,7 @@ class Database:
             return parts
         if options.timeout is not None:
             self.alarm.begin_commit()
-        if options.commit and not self._commits.by_the_job:
+        if options.commit and not self._commits.may_have_committed:
             self._record.advance(_COMMITTED)
         elif not options.commit:
             self._commits.is_used = True
@@ -343,9 +371,12 @@ class Database:
     def _commit(self, current: Session) -> None:
         noted = None
         # Of more than one transaction no answer would be the whole truth.
-        if self._options.resolve and not self._commits.by_the_job:
+        if self._options.resolve and not self._commits.may_have_committed:
             noted = lookup.current_transaction(current)
-            self._record.note_xid(*noted)
+            if self._commits.has_several:
+                noted = None
+            else:
+                self._record.note_xid(*noted)
         # What it holds is not asked for again.
         expires, current.expire_on_commit = current.expire_on_commit, False
         try:
@@ -356,7 +387,11 @@ class Database:
             if phase is Phase.COMMITTED:
                 text = f"a listener to the session's commit raised {exc!r} after it"
                 raise ResultLostError(text) from exc
-            self._commits.roll_back()
+            if self._commits.roll_back():
+                self._commits.by_the_job = True
+                if isinstance(exc, Exception):
+                    text = "one of its databases refused it, and another did not"
+                    raise OutcomeUnknownError(text) from exc
             committing = phase is Phase.COMMITTING
             if not (committing and drivers.leaves_commit_unknown(exc)):
                 raise
@@ -371,7 +406,7 @@ class Database:
 
     def _exact(self, error: DBPoolError) -> DBPoolError:
         # What the job has committed by itself is not undone.
-        if self._commits.by_the_job and error.outcome is Outcome.ROLLED_BACK:
+        if self._commits.may_have_committed and error.outcome is Outcome.ROLLED_BACK:
             error.outcome = Outcome.UNKNOWN
         return error
 
@@ -398,8 +433,40 @@ class Database:
                 log.debug("the warning was not shown", exc_info=True)
 
     def _entries_in_use(self) -> list[ConnectionPoolEntry]:
-        pool = self.engine.pool
-        return [e for e in live_entries() if e.in_use and pool_of(e) is pool]
+        return _in_use(self.engine.pool)
+
+    # -- Other databases ----------------------------------------------------------
+
+    def _engines(self) -> list[Engine]:
+        return [self.engine, *self._other_engines]
+
+    def _watch_engine(self, engine: Engine) -> None:
+        refuse_inherited(engine)
+        # What is not a view of another one lives as long as its connections do.
+        self._other_engines.add(getattr(engine, "_proxied", engine))
+        hook(self._commits, engine)
+        event.listen(engine, "handle_error", drivers.give_up_lost)
+        event.listen(engine, "connect", cancel.note_session)
+
+    def _watch_other(self, connection: Connection) -> None:
+        """Watch the engine of a connection by which a session reaches another database.
+
+        What was heard of all others has not been heard of this one.
+        """
+        engine, fairy = connection.engine, connection._dbapi_connection
+        if self._is_shared:
+            if engine.pool is not self.engine.pool:
+                listen(self._commits, connection)
+            return
+        self._watch_engine(engine)
+        connection.__class__ = engine._connection_cls
+        if isinstance(fairy, _ConnectionFairy) and fairy._connection_record is not None:
+            self._commits.before_begin(fairy, traits_of(engine.dialect))
+            cancel.note_session(fairy.dbapi_connection, fairy._connection_record)
+
+
+def _in_use(pool: Pool) -> list[ConnectionPoolEntry]:
+    return [e for e in live_entries() if e.in_use and pool_of(e) is pool]
 
 
 def _end_copy(fn: Callable[..., object]) -> None:

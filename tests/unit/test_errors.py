@@ -32,6 +32,7 @@ from dbpool_executor.errors import (
     TransactionAbortedError,
     WorkerDiedError,
     WorkerStartError,
+    WorkLostError,
     describe_exit,
 )
 
@@ -57,6 +58,7 @@ SAMPLES: list[DBPoolError] = [
     JobTimeoutError(2.5),
     JobTimeoutError(2.5, Outcome.UNKNOWN, "its worker was killed"),
     ResolveNotSupportedError("sqlite"),
+    WorkLostError("the job closed its session with work that was not committed"),
     TransactionAbortedError("a database error aborted the transaction"),
     ArgumentsLostError("ModuleNotFoundError: No module named 'shop'"),
     ResultLostError("unpickling it raised LookupError()"),
