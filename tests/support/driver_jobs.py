@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from sqlalchemy import Engine, create_engine, text
+from sqlalchemy import Engine, create_engine, event, text
 from sqlalchemy.exc import DBAPIError
 
 import jobs
@@ -169,3 +169,14 @@ def strange_engine(url: str, **options: Any) -> Engine:
 def wrapped(error: Error) -> DBAPIError:
     """Give an error as SQLAlchemy raises it in COMMIT."""
     return DBAPIError("COMMIT", None, error)
+
+
+def engine_by_file(url: str, path: str) -> Engine:
+    """Make an engine that looks in a file for the port, at each connection."""
+    engine = create_engine(url)
+
+    @event.listens_for(engine, "do_connect")
+    def look(_dialect: Any, _record: Any, _args: Any, params: dict[str, Any]) -> None:
+        params["port"] = int(Path(path).read_text())
+
+    return engine

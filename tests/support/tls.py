@@ -56,16 +56,16 @@ def postgresql_server() -> Iterator[tuple[URL, Path]]:
     Raises:
         MissingServerError: None is installed.
     """
-    with _folder("initdb", "pg_ctl", "postgres", "openssl") as folder:
+    with folder_for("initdb", "pg_ctl", "postgres", "openssl") as folder:
         certificate = _certificate(folder)
         # PostgreSQL refuses to run as root.
         user = "nobody" if os.geteuid() == 0 else None
         if user is not None:
             for path in (folder, *folder.iterdir()):
                 shutil.chown(path, user)
-        data, port = folder / "data", _free_port()
+        data, port = folder / "data", free_port()
         options: dict[str, Any] = {"user": user, "cwd": folder}
-        _run("initdb", "-D", data, "-U", "postgres", "-A", "trust", "-N", **options)
+        run("initdb", "-D", data, "-U", "postgres", "-A", "trust", "-N", **options)
         settings = {
             "port": port,
             "listen_addresses": "127.0.0.1",
@@ -78,7 +78,7 @@ def postgresql_server() -> Iterator[tuple[URL, Path]]:
         flags = " ".join(f"-c {name}={value}" for name, value in settings.items())
         log = folder / "log"
         try:
-            _run("pg_ctl", "-D", data, "-l", log, "-w", "-o", flags, "start", **options)
+            run("pg_ctl", "-D", data, "-l", log, "-w", "-o", flags, "start", **options)
         except subprocess.CalledProcessError as exc:
             # Built without OpenSSL, for one.
             raise MissingServerError(
@@ -90,7 +90,7 @@ def postgresql_server() -> Iterator[tuple[URL, Path]]:
             servers.on_server("postgresql-psycopg", url).create_tables()
             yield url, certificate
         finally:
-            _run("pg_ctl", "-D", data, "-w", "-m", "immediate", "stop", **options)
+            run("pg_ctl", "-D", data, "-w", "-m", "immediate", "stop", **options)
 
 
 @contextlib.contextmanager
@@ -100,10 +100,10 @@ def mariadb_server() -> Iterator[tuple[URL, Path]]:
     Raises:
         MissingServerError: None is installed.
     """
-    with _folder("mariadb-install-db", "mariadbd", "openssl") as folder:
+    with folder_for("mariadb-install-db", "mariadbd", "openssl") as folder:
         certificate = _certificate(folder)
-        data, port = folder / "data", _free_port()
-        _run(
+        data, port = folder / "data", free_port()
+        run(
             "mariadb-install-db",
             "--no-defaults",
             f"--datadir={data}",
@@ -160,7 +160,7 @@ def _which(program: str) -> str | None:
 
 
 @contextlib.contextmanager
-def _folder(*programs: str) -> Iterator[Path]:
+def folder_for(*programs: str) -> Iterator[Path]:
     missing = [name for name in programs if _which(name) is None]
     if missing:
         raise MissingServerError(f"no server over TLS: {', '.join(missing)} not found")
@@ -173,7 +173,7 @@ def _folder(*programs: str) -> Iterator[Path]:
 
 def _certificate(folder: Path) -> Path:
     certificate = folder / "certificate.pem"
-    _run(
+    run(
         *("openssl", "req", "-x509", "-nodes", "-days", "2", "-subj", "/CN=localhost"),
         *("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"),
         *("-keyout", folder / "key.pem", "-out", certificate),
@@ -181,7 +181,7 @@ def _certificate(folder: Path) -> Path:
     return certificate
 
 
-def _run(*command: str | Path, **options: Any) -> None:
+def run(*command: str | Path, **options: Any) -> None:
     program, *arguments = command
     # Not through a pipe: a server that was started would keep it open.
     with tempfile.TemporaryFile() as output:
@@ -194,7 +194,7 @@ def _run(*command: str | Path, **options: Any) -> None:
         )
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
     return port
