@@ -36,6 +36,7 @@ from .._launch.handle import KILL
 from .._launch.local import LocalWorker
 from .._launch.quiesce import AnyEngine, engines_of, prepare
 from .._wire.calls import pack_call, pack_short
+from .._wire.environment import Environment
 from .._wire.locate import name_of
 from .._wire.logs import levels_set
 from .._wire.options import DEFAULTS, JobOptions
@@ -231,8 +232,12 @@ class DBPoolExecutor(_JobExecutor):
         timeout: Default for the jobs' ``timeout``, see :meth:`options`.
         retries: Default for the jobs' ``retries``, see :meth:`options`.
 
+    Workers see the environment variables, the working directory and ``sys.path`` that
+    this process has when it makes the executor, whatever it changes later.
+
     Raises:
         TypeError: An argument is of the wrong kind, or cannot be sent to a worker.
+        FileNotFoundError: The working directory is gone.
         ValueError: A number is below 1, or the URL names an asynchronous driver.
         sqlalchemy.exc.ArgumentError: The URL cannot be parsed.
     """
@@ -289,7 +294,7 @@ class DBPoolExecutor(_JobExecutor):
         self._options = DEFAULTS.with_(timeout=timeout, retries=retries)
         self._max_workers = max_workers
         self._dispatcher = Dispatcher(
-            partial(LocalWorker, context, setup),
+            partial(LocalWorker, context, setup, Environment()),
             partial(prepare, engines_of(parent_engine), forks=forks),
             max_workers,
             max_tasks_per_child,

@@ -13,6 +13,7 @@ from multiprocessing.context import BaseContext
 from .._forks.connections import thorough
 from .._forks.ends import End, kept_by_child, make_ends, make_pipe
 from .._wire.channel import Channel
+from .._wire.environment import Environment, working_directory
 from .._wire.phase import WORDS, PhaseRecord, Progress, Transaction
 from .._wire.short_answers import AnswerReader
 from .._worker.main import SentSetup, WorkerSetup, begin, main
@@ -32,6 +33,7 @@ class LocalWorker:
     Args:
         context: Gives the start method.
         setup: What the worker makes before its first job.
+        environment: What the worker sees of the program's, from the first moment on.
 
     Raises:
         OpenConnectionsError: The start method is fork, and a SQLite file is open.
@@ -39,7 +41,9 @@ class LocalWorker:
             or the system has no room for another process.
     """
 
-    def __init__(self, context: BaseContext, setup: WorkerSetup) -> None:
+    def __init__(
+        self, context: BaseContext, setup: WorkerSetup, environment: Environment
+    ) -> None:
         self.number = next(worker_numbers)
         self._stops = 0  # calls of stop()
         attempts = _START_ATTEMPTS
@@ -48,19 +52,22 @@ class LocalWorker:
             try:
                 # With a channel of its own each time: what a forkserver that is gone
                 # has forked may be there.
-                self._start(context, setup)
+                self._start(context, setup, environment)
             except (ConnectionError, EOFError):
                 if context.get_start_method() != "forkserver" or not attempts:
                     raise
             else:
                 return
 
-    def _start(self, context: BaseContext, setup: WorkerSetup) -> None:
+    def _start(
+        self, context: BaseContext, setup: WorkerSetup, environment: Environment
+    ) -> None:
         start_method = context.get_start_method()
         forks = start_method == "fork"
         if forks:
             prepare_fork()
         else:
+            working_directory()  # multiprocessing asks for it, and would say less
             # Its start would unblock SIGINT in this thread, which is blocked below.
             resource_tracker.ensure_running()
         if start_method == "forkserver":
@@ -80,8 +87,9 @@ class LocalWorker:
             args=(
                 (theirs, lifeline) if forks else None,
                 SentSetup((setup, words, written)),
+                environment if forks else None,
             ),
-            name=_NAME if forks else _FirstName(_NAME, theirs, lifeline),
+            name=_NAME if forks else _FirstName(_NAME, theirs, lifeline, environment),
         )
         try:
             with (
@@ -163,15 +171,17 @@ class _FirstName(str):
     told to nobody.
     """
 
-    __slots__ = ("_ends",)
-    _ends: tuple[socket.socket, End] | None
+    __slots__ = ("_begun_with",)
+    _begun_with: tuple[socket.socket, End, Environment] | None
 
-    def __new__(cls, name: str, end: socket.socket, lifeline: End) -> _FirstName:
+    def __new__(
+        cls, name: str, end: socket.socket, lifeline: End, environment: Environment
+    ) -> _FirstName:
         self = super().__new__(cls, name)
-        self._ends = end, lifeline
+        self._begun_with = end, lifeline, environment
         return self
 
     def __reduce__(self) -> tuple[Callable[..., str], tuple[object, ...]]:
-        ends, self._ends = self._ends, None
+        args, self._begun_with = self._begun_with, None
         # It is pickled again, as the name of the process that is made there.
-        return (str, (str(self),)) if ends is None else (begin, (str(self), *ends))
+        return (str, (str(self),)) if args is None else (begin, (str(self), *args))

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, MutableSequence, Sequence
 from contextlib import suppress
 from functools import partial
+from multiprocessing import spawn
 from multiprocessing.reduction import ForkingPickler
 from multiprocessing.util import Finalize
 from types import FrameType, TracebackType
@@ -25,6 +26,7 @@ from .._forks.connections import bury_inherited, freeze
 from .._forks.ends import End, own_end
 from .._wire.calls import Buffer, Call, Function, Run, loads_calls, unpack_call
 from .._wire.channel import Channel, Kind, Message
+from .._wire.environment import Environment
 from .._wire.exceptions import dumps_exception, set_cause
 from .._wire.locate import full_name
 from .._wire.logs import Levels
@@ -95,13 +97,15 @@ class SentSetup:
         return setup
 
 
-def main(ends: Ends | None, sent: SentSetup) -> None:
+def main(ends: Ends | None, sent: SentSetup, environment: Environment | None) -> None:
     """Run jobs until the parent has no more of them.
 
     Args:
         ends: The worker's ends of its channel and of its lifeline; None if
             :func:`begin` was given them.
         sent: What to make before the first job.
+        environment: That of the program when it made the executor; None if
+            :func:`begin` was given it.
     """
     _take_over_signals()
     # Nothing of the interpreter's own end may run here: under fork and forkserver it
@@ -124,6 +128,10 @@ def main(ends: Ends | None, sent: SentSetup) -> None:
     databases: list[Database] = []  # none until it is made
     try:
         try:
+            if environment is not None:
+                environment.set_variables()
+                environment.set_directory()
+                environment.set_path()
             setup, words, written = sent.load()
             own_end(written)
             # With records that go first, answers follow them.
@@ -167,13 +175,16 @@ def main(ends: Ends | None, sent: SentSetup) -> None:
 _begun: Ends
 
 
-def begin(name: str, end: socket.socket, lifeline: End) -> str:
+def begin(
+    name: str, end: socket.socket, lifeline: End, environment: Environment
+) -> str:
     """Begin a worker that is not a fork, before it imports the main module.
 
     Args:
         name: Of its process.
         end: Its end of its channel.
         lifeline: Its end of that.
+        environment: That of the program when it made the executor.
 
     Returns:
         The name.
@@ -182,7 +193,22 @@ def begin(name: str, end: socket.socket, lifeline: End) -> str:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _begun = end, lifeline
     sys.excepthook = _tell_failed_import
+    environment.set_variables()
+    # What is called next sets what the program has by now, and imports the main module.
+    spawn.prepare = partial(_prepare, spawn.prepare, environment)
     return name
+
+
+def _prepare(
+    prepare: Callable[[Mapping[str, Any]], None],
+    environment: Environment,
+    data: Mapping[str, Any],
+) -> None:
+    spawn.prepare = prepare  # type: ignore[assignment]
+    environment.set_directory()
+    environment.set_path()
+    left = {name: data[name] for name in data.keys() - {"dir", "sys_path"}}
+    prepare(left)
 
 
 def _tell_failed_import(
