@@ -16,6 +16,7 @@ import select
 import signal
 import socket
 import struct
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -28,7 +29,12 @@ from .process_tree import signal_descendants
 _GRACE = 1.5  # seconds to cancel, and to let a COMMIT end
 _COMMIT_GRACE = 0.3  # seconds of those, for a COMMIT to end
 _HANDLER_GRACE = 0.5  # seconds for what the job does at a signal
+_HOLD_GRACE = 0.2  # seconds for a job to come out of a call that was cancelled
+_CANCEL_ATTEMPTS = 3
 _LOOK_EVERY = 0.01  # seconds, for the end of a COMMIT
+# Signals that no program expects: one holds the main thread, one ends the process.
+_HOLDS = signal.SIGRTMAX - 2 if hasattr(signal, "SIGRTMAX") else None
+_ENDS = signal.SIGRTMAX - 1 if hasattr(signal, "SIGRTMAX") else None
 _F_SETSIG = 10  # fcntl(2); fcntl.F_SETSIG is missing from Python 3.11
 _KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 
@@ -55,8 +61,11 @@ class ParentWatch:
         self._lifeline = lifeline
         self.record: PhaseRecord | None = None
         self.database: Cancels | None = None
+        self._is_held = threading.Event()
         # Before any other thread of this worker starts, see there.
         _end_without_interpreter(lifeline)
+        if _HOLDS is not None:
+            signal.signal(_HOLDS, self._hold)
         threading.Thread(target=self._run, name="DBPoolFollower", daemon=True).start()
 
     def _run(self) -> None:
@@ -70,6 +79,9 @@ class ParentWatch:
             # From here on no COMMIT begins, and no job.
             number = self.record.stop_signal() or number
             self.record.stop(number)
+            # A job that swallows the error of a cancelled statement would send the next.
+            if _HOLDS is not None:
+                signal.pthread_kill(threading.main_thread().ident or 0, _HOLDS)
             end = time.monotonic() + _COMMIT_GRACE
             # Also after a COMMIT of the job's own, whose end is not noted.
             while self.record.read().phase is Phase.COMMITTING:
@@ -78,13 +90,26 @@ class ParentWatch:
                 time.sleep(_LOOK_EVERY)
         if self.database is not None:
             with suppress(Exception):
-                self.database.cancel_statements()
+                self._cancel(self.database)
         with suppress(Exception):
             signal_descendants(os.getpid(), number)
         os.kill(os.getpid(), number)
         # The job may have a handler for it.
         time.sleep(_HANDLER_GRACE)
         os.kill(os.getpid(), _KILL)
+
+    def _cancel(self, database: Cancels) -> None:
+        for _ in range(_CANCEL_ATTEMPTS):
+            database.cancel_statements()
+            # It may have come before the statement did. Once the job is held it sends no
+            # more of them.
+            if self._is_held.wait(_HOLD_GRACE):
+                break
+
+    def _hold(self, _number: int, _frame: object) -> None:
+        self._is_held.set()
+        if self.record is not None:
+            self.record.hold_if_stopped()
 
 
 def _wait_for_end(lifeline: End) -> None:
@@ -107,11 +132,11 @@ def _end_without_interpreter(lifeline: End) -> None:
     each until its time is up, and then lets the signal do what it does by default, which
     is to end the process. So the thread that can cancel statements has that long for it.
     """
-    if not hasattr(signal, "SIGRTMAX") or not hasattr(os, "pidfd_open"):
+    if not sys.platform.startswith("linux") or _ENDS is None:
         return
     import fcntl
 
-    number = signal.SIGRTMAX - 1
+    number = _ENDS
     full, _others[:] = _full_socket(_GRACE / 2)
     faulthandler.register(number, file=full, all_threads=False, chain=True)
     forever = _thread.allocate_lock()
