@@ -29,7 +29,7 @@ from .process_tree import signal_descendants
 _GRACE = 1.5  # seconds to cancel, and to let a COMMIT end
 _COMMIT_GRACE = 0.3  # seconds of those, for a COMMIT to end
 _HANDLER_GRACE = 0.5  # seconds for what the job does at a signal
-_HOLD_GRACE = 0.2  # seconds for a job to come out of a call that was cancelled
+_HOLD_GRACE = 0.1  # seconds for a job to come out of a call
 _CANCEL_ATTEMPTS = 3
 _LOOK_EVERY = 0.01  # seconds, for the end of a COMMIT
 # Signals that no program expects: one holds the main thread, one ends the process.
@@ -100,10 +100,11 @@ class ParentWatch:
 
     def _cancel(self, database: Cancels) -> None:
         for _ in range(_CANCEL_ATTEMPTS):
+            # Once the job is held it sends no more statements. As long as it is in a call
+            # that is cancelled, or the driver's, it is not: it may send another one.
+            is_held = self._is_held.wait(_HOLD_GRACE)
             database.cancel_statements()
-            # It may have come before the statement did. Once the job is held it sends no
-            # more of them.
-            if self._is_held.wait(_HOLD_GRACE):
+            if is_held:
                 break
 
     def _hold(self, _number: int, _frame: object) -> None:
