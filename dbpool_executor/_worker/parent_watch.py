@@ -33,8 +33,9 @@ _HOLD_GRACE = 0.1  # seconds for a job to come out of a call
 _CANCEL_ATTEMPTS = 3
 _LOOK_EVERY = 0.01  # seconds, for the end of a COMMIT
 # Signals that no program expects: one holds the main thread, one ends the process.
-_HOLDS = signal.SIGRTMAX - 2 if hasattr(signal, "SIGRTMAX") else None
-_ENDS = signal.SIGRTMAX - 1 if hasattr(signal, "SIGRTMAX") else None
+_has_fcntl_signals = sys.platform.startswith("linux")
+_HOLDS = signal.SIGRTMAX - 2 if _has_fcntl_signals else None
+_ENDS = signal.SIGRTMAX - 1 if _has_fcntl_signals else None
 _F_SETSIG = 10  # fcntl(2); fcntl.F_SETSIG is missing from Python 3.11
 _KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 
@@ -70,10 +71,11 @@ class ParentWatch:
 
     def _run(self) -> None:
         _wait_for_end(self._lifeline)
-        # A driver that waits for a server that is mute may hold the interpreter: this
-        # timer, like what runs beside it on Linux, needs none.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        faulthandler.dump_traceback_later(_GRACE, exit=True, file=nowhere)
+        if not _has_fcntl_signals:
+            # A driver that waits for a server that is mute may hold the interpreter. This
+            # timer needs none. But a fork of a process that has set one waits for ever.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            faulthandler.dump_traceback_later(_GRACE, exit=True, file=nowhere)
         number = _KILL
         if self.record is not None:
             # From here on no COMMIT begins, and no job.
@@ -133,7 +135,7 @@ def _end_without_interpreter(lifeline: End) -> None:
     each until its time is up, and then lets the signal do what it does by default, which
     is to end the process. So the thread that can cancel statements has that long for it.
     """
-    if not sys.platform.startswith("linux") or _ENDS is None:
+    if _ENDS is None:
         return
     import fcntl
 

@@ -241,7 +241,9 @@ def test_children_of_a_job_end_with_a_worker_that_is_killed(
     future = executor.submit(process_jobs.start_children, tmp_path / "record")
     (all_pids,) = noted(tmp_path / "record")
     executor.kill_workers()
-    assert isinstance(future.exception(LONGEST), WorkerDiedError)
+    error = future.exception(LONGEST)
+    assert isinstance(error, WorkerDiedError)
+    assert error.exitcode == -signal.SIGKILL
     wait_until(lambda: not any(map(is_alive, all_pids)), "worker and children to end")
 
 
