@@ -176,6 +176,13 @@ class _InlineDispatcher(Dispatcher):
                 "transactions; submit from outside, or call the function itself"
             )
 
+    def start_workers(self, *, wait: bool) -> None:  # noqa: ARG002 - it is done here
+        self.check_owner()
+        with self._lock:
+            self.check_open()
+            self._start()
+            self.check_open()
+
     def shutdown(self, *, cancel: bool, spare: bool = False) -> None:
         self.check_owner()
         with self._lock:

@@ -66,6 +66,7 @@ class _JobExecutor(Executor):
 
     _dispatcher: Dispatcher
     _options: JobOptions
+    _max_workers: int  # other libraries ask for it, as of ProcessPoolExecutor's
 
     def submit(
         self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
@@ -193,6 +194,45 @@ class _JobExecutor(Executor):
         )
         return _View(self._owner(), options)
 
+    def start_workers(self, *, wait: bool = False) -> None:
+        """Start all workers now, ahead of the first job.
+
+        A program that is about to answer requests does not have the first ones wait for
+        processes, engines and initializers.
+
+        Args:
+            wait: Whether to return only when all of them are ready; False by default.
+
+        Raises:
+            WorkerStartError: Workers cannot start; the executor is broken.
+            OpenConnectionsError: They are to be forked, and this process has connections
+                in use.
+            RuntimeError: The executor was shut down, or this is a forked copy of the
+                process that made it.
+        """
+        self._dispatcher.start_workers(wait=wait)
+
+    def terminate_workers(self) -> None:
+        """End all workers with SIGTERM, now, and cancel the jobs that wait.
+
+        A job that is running ends with what its transaction came to, as for any worker
+        that dies. Afterwards the executor is shut down.
+        """
+        self._dispatcher.stop_workers(signal.SIGTERM, "terminate_workers() was called")
+
+    def kill_workers(self) -> None:
+        """Do as :meth:`terminate_workers` does, with SIGKILL."""
+        self._dispatcher.stop_workers(KILL, "kill_workers() was called")
+
+    def stats(self) -> Stats:
+        """Count workers and jobs.
+
+        Returns:
+            A snapshot; it does not change with the executor.
+        """
+        self._dispatcher.check_owner()
+        return self._dispatcher.stats()
+
     def _owner(self) -> DBPoolExecutor:
         raise NotImplementedError
 
@@ -316,27 +356,6 @@ class DBPoolExecutor(_JobExecutor):
         if wait:
             self._dispatcher.join()
 
-    def terminate_workers(self) -> None:
-        """End all workers with SIGTERM, now, and cancel the jobs that wait.
-
-        A job that is running ends with what its transaction came to, as for any worker
-        that dies. Afterwards the executor is shut down.
-        """
-        self._dispatcher.stop_workers(signal.SIGTERM, "terminate_workers() was called")
-
-    def kill_workers(self) -> None:
-        """Do as :meth:`terminate_workers` does, with SIGKILL."""
-        self._dispatcher.stop_workers(KILL, "kill_workers() was called")
-
-    def stats(self) -> Stats:
-        """Count workers and jobs.
-
-        Returns:
-            A snapshot; it does not change with the executor.
-        """
-        self._dispatcher.check_owner()
-        return self._dispatcher.stats()
-
     def _owner(self) -> DBPoolExecutor:
         return self
 
@@ -405,6 +424,7 @@ class _View(_JobExecutor):
     def __init__(self, executor: DBPoolExecutor, options: JobOptions) -> None:
         self._executor = executor  # as long as a view lives, so does its executor
         self._dispatcher = executor._dispatcher
+        self._max_workers = executor._max_workers
         self._options = options
 
     def _owner(self) -> DBPoolExecutor:

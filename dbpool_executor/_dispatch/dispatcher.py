@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import selectors
+import sys
 import threading
 import time
 from _thread import start_new_thread
@@ -41,6 +42,7 @@ from .verdict import may_repeat, never_sent_error, resolved_error
 _FAILURE_PARTS = 3
 _WAY_SECONDS = 5e-5  # for which a caller gives way
 _WAY_EVERY = 5e-4  # seconds, at most, to a thread that is late
+_NOTICE_SECONDS = 0.2  # after which an end of the thread is noticed
 _LONG_PICKLE = 1 << 20  # bytes, which may be hundreds of thousands of objects
 
 log = logging.getLogger("dbpool_executor")
@@ -93,6 +95,8 @@ class Dispatcher:
         # after that.
         self._due = math.inf
         self._until_due = 0.0
+        # Each set when all workers are ready, or never will be.
+        self._awaited: deque[Flag] = deque()
         self._bell, self._ear = make_ends()
         self._bell.setblocking(False)
         self._ear.setblocking(False)
@@ -245,6 +249,26 @@ class Dispatcher:
         if not self.is_copy() and self._ended.wait(timeout):
             thread.join()
 
+    def start_workers(self, *, wait: bool) -> None:
+        """Start all workers, ahead of the first job.
+
+        Args:
+            wait: Whether to return only when all of them are ready.
+
+        Raises:
+            WorkerStartError: The executor is broken.
+            RuntimeError: It was shut down, or this is a forked copy of its process.
+        """
+        self.check_owner()
+        self._open()
+        ready = Flag()
+        self._awaited.append(ready)
+        self._wake()
+        if wait:
+            while not (ready.wait(_NOTICE_SECONDS) or self._ended.is_set()):
+                pass
+            self.check_open()
+
     def stop_workers(self, number: int, why: str) -> None:
         """End all workers, whatever they do, and cancel what waits.
 
@@ -365,8 +389,19 @@ class Dispatcher:
             workers.send_from(self._waiting)
             for _ in range(workers.starts_due(len(self._waiting))):
                 workers.start_one()
+        if self._awaited:
+            self._start_ahead()
         if self._is_ending() and not (self._waiting or self._repeats):
             workers.tell_all_to_leave()
+
+    def _start_ahead(self) -> None:
+        workers = self._workers
+        if not self._is_ending():
+            for _ in range(workers.starts_due(sys.maxsize)):
+                workers.start_one()
+        if self._is_ending() or workers.are_all_ready:
+            while self._awaited:
+                self._awaited.popleft().set()
 
     def _wait(self) -> None:
         workers = self._workers
@@ -459,7 +494,8 @@ class Dispatcher:
             return 0.0
         if self._is_ending() and not (workers.all or self._repeats):
             return 0.0
-        times = workers.seconds_to_deadline(waiting), self._repeats.seconds_until_due()
+        wanted = waiting + len(self._awaited)
+        times = workers.seconds_to_deadline(wanted), self._repeats.seconds_until_due()
         return min((seconds for seconds in times if seconds is not None), default=None)
 
     def _receive(self, worker: Worker) -> None:

@@ -150,6 +150,11 @@ class Workers:
         """Whether another worker may be started."""
         return self.failure is None and self._alive < self._most
 
+    @property
+    def are_all_ready(self) -> bool:
+        """Whether there are as many workers as may be, and none of them starts."""
+        return self._alive >= self._most and not self._starting
+
     def starts_due(self, waiting: int) -> int:
         """Say how many workers to start now for the jobs that wait."""
         if self.failure is not None or self._is_delayed():

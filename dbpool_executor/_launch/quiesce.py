@@ -86,11 +86,13 @@ def prepare(engines: Iterable[AnyEngine], *, forks: bool) -> None:
             "the program, and that submits jobs; have it do so only in the program "
             "itself, under: if __name__ == '__main__'"
         )
+    # Looked at before anything is disposed: an engine has another pool afterwards, and
+    # could not be named.
+    if forks and (checked_out := _checked_out()):
+        raise OpenConnectionsError(tuple(checked_out))
     for engine in engines:
         _dispose(engine)
     if forks:
-        if checked_out := _checked_out():
-            raise OpenConnectionsError(tuple(checked_out))
         prepare_fork()
 
 
@@ -165,25 +167,26 @@ def _checked_out() -> list[str]:
     if not pools:
         return []
     engines = {engine.pool: engine for engine in living(Engine)}
-    sessions = Counter(map(_engine_of, living(Session)))
-    return [_describe(engines.get(pool), n, sessions) for pool, n in pools.items()]
+    sessions = Counter(map(_held_pool, living(Session)))
+    return [
+        _describe(engines.get(pool), n, sessions[pool]) for pool, n in pools.items()
+    ]
 
 
-def _describe(
-    engine: Engine | None, count: int, sessions: Counter[Engine | None]
-) -> str:
+def _describe(engine: Engine | None, count: int, held: int) -> str:
     name = "an engine disposed or frozen since" if engine is None else repr(engine)
     text = f"{name} has {count} connection{'s' * (count > 1)} checked out"
-    if engine is not None and (held := sessions[engine]):
+    if held:
         text += f", {held} session{'s' * (held > 1)} in a transaction"
     return text
 
 
-def _engine_of(session: Session) -> Engine | None:
-    """Give the engine of a session that is in a transaction."""
+def _held_pool(session: Session) -> Pool | None:
+    """Give the pool of the engine of a session that is in a transaction."""
     with suppress(Exception):  # a session without a bind of its own
         if session.in_transaction():
-            return session.get_bind().engine
+            # Views of an engine have its pool.
+            return session.get_bind().engine.pool
     return None
 
 

@@ -74,19 +74,21 @@ def connect_idle(engine: Engine, count: int = 1) -> None:
 
 
 @only_servers
+@pytest.mark.parametrize("is_named", [False, True], ids=["", "parent_engine"])
 def test_fork_with_connections_in_use_is_refused_before_anything_is_forked(
-    database: Database, make_executor: MakeExecutor
+    database: Database, make_executor: MakeExecutor, is_named: bool
 ) -> None:
     """The error names each engine and what it has; its transaction stays whole."""
     before = processes.workers()
-    executor = make_executor(database.make_engine, 2, FORK)
     with (
         engine_of(database.url) as one,
         engine_of(database.url.set(database=None), pool_size=1) as other,
-        Session(one) as session,
+        Session(one.execution_options(logging_token="view")) as session,
         one.connect(),
         other.connect(),
     ):
+        engines = [one, other] if is_named else None
+        executor = make_executor(database.make_engine, 2, FORK, parent_engine=engines)
         session.add(Item(name="parent"))
         session.flush()
         with pytest.raises(OpenConnectionsError) as caught:

@@ -21,6 +21,7 @@ from dbpool_executor import (
     JobFuture,
     NotPlainError,
     Outcome,
+    Stats,
     WorkerDiedError,
     current_engine,
     outcome_of,
@@ -128,6 +129,8 @@ async def used() -> None:
     executor.shutdown(False)
     executor.terminate_workers()
     executor.kill_workers()
+    executor.start_workers()
+    executor.start_workers(wait=True)
 
     executor.shutdown(True, True)  # type: ignore[call-arg]
 
@@ -140,6 +143,9 @@ def options(executor: DBPoolExecutor) -> None:
     view.submit(job, "one")  # type: ignore[arg-type]
     view.map(job, [1], buffersize=10)
     view.options(timeout=5.0, isolation_level="SERIALIZABLE")
+    view.start_workers(wait=True)
+    view.kill_workers()
+    assert_type(view.stats(), Stats)
 
     executor.options(False)  # type: ignore[call-arg]
     executor.options(comit=False)  # type: ignore[call-arg]
