@@ -254,7 +254,10 @@ class Job(JobFuture[Any]):
             note_outcome(
                 error, Outcome.NEVER_STARTED, self._note(Outcome.NEVER_STARTED)
             )
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # else its traceback and this frame hold each other
 
     # -- For those who wait -----------------------------------------------------------
 

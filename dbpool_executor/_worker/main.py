@@ -38,6 +38,7 @@ from ..errors import ArgumentsLostError, Outcome
 from .engine_warnings import notes_on, watch_limit
 from .hard_exit import leave
 from .lookup import outcome_of
+from .memory_growth import MemoryGrowth
 from .parent_watch import ParentWatch
 from .sessions import SessionOptions
 from .transaction import NO_KEYWORDS, Database, current_engine, here
@@ -97,6 +98,9 @@ class SentSetup:
         return setup
 
 
+_growth: MemoryGrowth
+
+
 def main(ends: Ends | None, sent: SentSetup, environment: Environment | None) -> None:
     """Run jobs until the parent has no more of them.
 
@@ -125,6 +129,8 @@ def main(ends: Ends | None, sent: SentSetup, environment: Environment | None) ->
         gc.set_threshold(_NEW_OBJECTS, *gc.get_threshold()[1:])
     for note in bury_inherited():
         tell(note)
+    global _growth
+    _growth = MemoryGrowth()
     databases: list[Database] = []  # none until it is made
     try:
         try:
@@ -221,7 +227,12 @@ def _tell_failed_import(
 
 def run_chunk(fn: Callable[..., T], chunk: tuple[tuple[Any, ...], ...]) -> list[T]:
     """Run the calls of one chunk of ``map()``: one job, so one transaction."""
-    return [fn(*args) for args in chunk]
+    results = []
+    for args in chunk:
+        results.append(fn(*args))
+        if (now := time.monotonic_ns()) >= _growth.look_at:
+            _growth.look(now)
+    return results
 
 
 run_chunk.is_called_for_another = True  # type: ignore[attr-defined] # see name_of()
@@ -290,8 +301,11 @@ def _serve(
                             database.was_interrupted = False
                             gc.collect()
                         channel.send_one(kind, answer, end - start)
-                    start = end
                     del answer
+                    if end >= _growth.look_at:
+                        _growth.look(end)
+                        end = time.monotonic_ns()  # no part of the next job
+                    start = end
                 due += len(calls)
             # Its arguments may be large, and the next job long in coming.
             del parts, runs, calls, call

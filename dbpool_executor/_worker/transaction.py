@@ -48,6 +48,7 @@ from .commit_watch import CommitWatch
 from .engine_hooks import hook, listen
 from .hard_exit import leave
 from .sessions import SessionOptions, Sessions
+from .statement_cache import bound_statement_cache
 from .timeout import Alarm, JobInterrupt
 from .traits import traits_of
 
@@ -175,6 +176,8 @@ class Database:
                 "return what sqlalchemy.create_engine() returns"
             )
         refuse_inherited(engine)
+        if not self._is_shared:
+            bound_statement_cache(engine)
         self.engine = engine
         self._record = record
         self.alarm = Alarm(self.cancel_statements)

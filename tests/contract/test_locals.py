@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from contextlib import suppress
 from typing import Any, NoReturn
 
@@ -67,6 +68,15 @@ def gives_up(executor: DBPoolExecutor) -> None:
         executor.submit(jobs.give, 1).result(0)
 
 
+def cancels(executor: DBPoolExecutor) -> None:
+    """And asks for the result."""
+    some = [executor.submit(jobs.give, number) for number in range(50)]
+    for future in some:
+        future.cancel()
+        with suppress(CancelledError):
+            future.result(LONGEST)
+
+
 def submits_what_does_not_pickle(executor: DBPoolExecutor) -> None:
     """Nor is it plain."""
     engine = sqlalchemy.create_engine("sqlite://")
@@ -105,6 +115,7 @@ kept: list[Any] = []  # not let go of
         maps_what_raises,
         reads_failure,
         gives_up,
+        cancels,
         submits_what_does_not_pickle,
         makes_what_does_not_pickle,
         submits_too_late,
