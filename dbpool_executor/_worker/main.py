@@ -98,7 +98,7 @@ class SentSetup:
         return setup
 
 
-_growth: MemoryGrowth
+_growth: MemoryGrowth | None = None  # in a worker it is there
 
 
 def main(ends: Ends | None, sent: SentSetup, environment: Environment | None) -> None:
@@ -230,7 +230,7 @@ def run_chunk(fn: Callable[..., T], chunk: tuple[tuple[Any, ...], ...]) -> list[
     results = []
     for args in chunk:
         results.append(fn(*args))
-        if (now := time.monotonic_ns()) >= _growth.look_at:
+        if _growth is not None and (now := time.monotonic_ns()) >= _growth.look_at:
             _growth.look(now)
     return results
 
@@ -262,6 +262,8 @@ def _serve(
     database: Database,
     record: PhaseRecord,
 ) -> None:
+    assert _growth is not None  # noqa: S101 - main() has made it
+    growth = _growth
     due = 1  # number of the next job
     while True:
         try:
@@ -302,8 +304,8 @@ def _serve(
                             gc.collect()
                         channel.send_one(kind, answer, end - start)
                     del answer
-                    if end >= _growth.look_at:
-                        _growth.look(end)
+                    if end >= growth.look_at:
+                        growth.look(end)
                         end = time.monotonic_ns()  # no part of the next job
                     start = end
                 due += len(calls)
