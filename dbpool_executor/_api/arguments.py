@@ -8,16 +8,19 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import partial
-from multiprocessing.context import BaseContext
+from multiprocessing.context import (
+    BaseContext,
+    get_spawning_popen,
+    set_spawning_popen,
+)
 from multiprocessing.reduction import ForkingPickler
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import URL, Engine, create_engine, make_url
 
 from .._wire.calls import pack_call
-from .._wire.locate import asyncio_classes, full_name
+from .._wire.locate import asyncio_classes, full_name, innermost
 from .._wire.picklers import by_value_pickler, is_interactive, with_code
 from ..errors import NotPlainError
 
@@ -71,23 +74,70 @@ def check_pickles(name: str, value: object) -> None:
         TypeError: It does not pickle.
     """
     try:
-        with_code(value, ForkingPickler.dumps)
-    except RuntimeError:
-        # multiprocessing's locks and queues pickle only while a process is started.
-        return
+        with_code(value, _dumps_as_at_a_start)
     except Exception as exc:
+        place, culprit, advice = _culprit_in(name, value)
         raise TypeError(
-            f"{name} is a {full_name(type(value))} that does not pickle and so cannot "
-            f"be sent to a worker ({exc}); "
-            f"{_PICKLES if name == 'engine_factory' else _TOP_LEVEL}"
+            f"{name} cannot be sent to a worker: {place} is a "
+            f"{full_name(type(culprit))} that does not pickle ({exc}); {advice}"
         ) from exc
 
 
-_PICKLES = f"{_FORMS}\n\nor install dbpool-executor[cloudpickle]"
-_TOP_LEVEL = (
-    "define it at the top level of a module that the worker can import, or install "
-    "dbpool-executor[cloudpickle]"
-)
+class _Start:
+    """Stands in for the start of a process, when multiprocessing's locks do pickle."""
+
+    @staticmethod
+    def duplicate_for_child(descriptor: int) -> int:
+        return descriptor
+
+    DupFd = duplicate_for_child
+
+
+def _dumps_as_at_a_start(value: object) -> bytes:
+    outer = get_spawning_popen()
+    set_spawning_popen(cast("Any", _Start()))
+    try:
+        return bytes(ForkingPickler.dumps(value))
+    finally:
+        set_spawning_popen(outer)
+
+
+def _pickles(value: object) -> bool:
+    try:
+        with_code(value, _dumps_as_at_a_start)
+    except Exception:
+        return False
+    return True
+
+
+def _culprit_in(name: str, value: object) -> tuple[str, object, str]:
+    # Only where something fails: it imports much that no program needs.
+    from .._wire.instead import instead_of
+
+    known = partial(instead_of, is_result=False)
+    found = innermost(
+        lambda inner: not _pickles(inner), {name: value}, lambda v: bool(known(v))
+    )
+    place, culprit = found or (name, value)
+    if type(culprit).__module__.startswith("multiprocessing."):
+        advice = "make it by the context that is mp_context, such as mp_context.Lock()"
+    elif name == "engine_factory":
+        advice = _FORMS + _or_install("\n\nor")
+    else:
+        advice = known(culprit) or _top_level()
+    return place, culprit, advice
+
+
+def _top_level() -> str:
+    return "define it at the top level of a module that the worker can import" + (
+        _or_install(", or")
+    )
+
+
+def _or_install(text: str) -> str:
+    if by_value_pickler(calls=True) is not None:
+        return ""
+    return f"{text} install dbpool-executor[cloudpickle]"
 
 
 def check_reachable(name: str, value: object) -> None:
@@ -99,12 +149,11 @@ def check_reachable(name: str, value: object) -> None:
     """
     if by_value_pickler(calls=True) is not None or not is_interactive():
         return
-    with suppress(RuntimeError):  # as in check_pickles()
-        if b"__main__" in bytes(ForkingPickler.dumps(value)):
-            raise TypeError(
-                f"{name} is made of something that is defined in a main module which "
-                f"workers cannot import; {_TOP_LEVEL}"
-            )
+    if b"__main__" in _dumps_as_at_a_start(value):
+        raise TypeError(
+            f"{name} is made of something that is defined in a main module which "
+            f"workers cannot import; {_top_level()}"
+        )
 
 
 def check_session_options(

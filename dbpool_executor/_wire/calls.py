@@ -12,6 +12,7 @@ import struct
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from types import FunctionType
 
@@ -19,10 +20,10 @@ from ..errors import NotPlainError, Outcome
 from .locate import full_name, innermost, name_of, place_of
 from .picklers import (
     PROTOCOL,
-    WITH_CODE,
     BoundaryPickler,
     RefusedError,
     by_value_pickler,
+    importable,
     is_interactive,
     pickled,
     with_code,
@@ -206,7 +207,7 @@ def dumps_result(value: object) -> list[Buffer]:
         roots = {"result": value}
         raise _not_plain(refused, roots, Outcome.ROLLED_BACK) from None
     except Exception as exc:
-        _note_culprit(exc, {"result": value})
+        _note_culprit(exc, {"result": value}, is_result=True)
         raise
 
 
@@ -281,19 +282,35 @@ def _not_plain(
     return NotPlainError(place, full_name(type(value)), text, outcome)
 
 
-def _note_culprit(error: Exception, roots: Mapping[str, object]) -> None:
-    # Too deep to pickle is too deep to search.
-    found = None
-    if not isinstance(error, RecursionError):
-        found = innermost(lambda value: not _pickles(value), roots)
+def _note_culprit(
+    error: Exception, roots: Mapping[str, object], *, is_result: bool = False
+) -> None:
+    if isinstance(error, RecursionError):
+        return  # too deep to pickle is too deep to search
+    # Only where something fails: it imports much that no job needs.
+    from .instead import instead_of
+
+    advice = partial(instead_of, is_result=is_result)
+    found = innermost(
+        lambda value: not _pickles(value), roots, lambda value: bool(advice(value))
+    )
     if found is not None:
         place, value = found
-        with suppress(Exception):  # a frozen exception takes no notes
-            error.add_note(
-                f"{place} is a {full_name(type(value))}, which does not pickle; only "
-                "plain values cross between processes"
-                + (f", {WITH_CODE}" if hasattr(value, "__qualname__") else "")
-            )
+        told = advice(value) or "only plain values cross between processes" + (
+            f", and {importable(advise=by_value_pickler(calls=True) is None)}"
+            if hasattr(value, "__qualname__")
+            else ""
+        )
+        note = f"{place} is a {full_name(type(value))}, which does not pickle; {told}"
+    elif is_interactive():
+        note = (
+            "something that is defined in the main module cannot be sent with its "
+            "code; define it in a module that workers can import"
+        )
+    else:
+        return
+    with suppress(Exception):  # a frozen exception takes no notes
+        error.add_note(note)
 
 
 def _pickles(value: object) -> bool:

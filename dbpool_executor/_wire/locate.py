@@ -84,13 +84,16 @@ def place_of(culprit: object, roots: Mapping[str, object]) -> str | None:
 
 
 def innermost(
-    is_culprit: Callable[[object], bool], roots: Mapping[str, object]
+    is_culprit: Callable[[object], bool],
+    roots: Mapping[str, object],
+    is_whole: Callable[[object], bool] = lambda _: False,
 ) -> tuple[str, object] | None:
     """Find the innermost value of which something is true.
 
     Args:
         is_culprit: True of a value if it is true of something inside.
         roots: The values by name.
+        is_whole: True of a value that is not to be looked into.
 
     Returns:
         Its place, and the value.
@@ -105,6 +108,8 @@ def innermost(
         if inner is None:
             break
         found = inner
+        if is_whole(inner[1]):
+            break
         seen[id(inner[1])] = inner[1]
         candidates = iter(_listed(*inner))
     return found

@@ -29,13 +29,6 @@ PROTOCOL = 5
 """Of pickle, the first with out-of-band buffers (PEP 574)."""
 
 
-WITH_CODE = (
-    "and functions that workers can import; for lambdas, notebooks and the prompt "
-    "install dbpool-executor[cloudpickle]"
-)
-"""What to add where a function or class could not cross."""
-
-
 class Remedy(NamedTuple):
     """What to do instead of letting a value cross."""
 
@@ -51,6 +44,9 @@ _SESSION = Remedy(
 _CONNECTION = Remedy(
     "return the values that you read with it",
     "use dbpool_executor.current_engine() inside the job",
+)
+_COLLECTION = Remedy(
+    "return a list or dict of its items", "pass a list or dict of its items"
 )
 _RESULT = Remedy("return its rows, result.all()", "pass its rows, result.all()")
 
@@ -103,6 +99,10 @@ def _examine(cls: type) -> Remedy | None:
             return remedy
     if sqlalchemy.inspect(cls, raiseerr=False) is not None:
         return _MAPPED
+    # Of an association proxy: it holds the instance that it belongs to.
+    proxies = sys.modules.get("sqlalchemy.ext.associationproxy")
+    if proxies is not None and issubclass(cls, proxies._AssociationCollection):
+        return _COLLECTION
     for names in (_DBAPI_CONNECTION, _DBAPI_CURSOR):
         if all(callable(getattr(cls, name, None)) for name in names):
             return _CONNECTION
@@ -163,6 +163,17 @@ def by_value_pickler(*, calls: bool) -> Callable[..., pickle.Pickler] | None:
             return super().reducer_override(obj)
 
     return ByValuePickler
+
+
+def importable(*, advise: bool) -> str:
+    """Say how functions and classes cross, where one could not.
+
+    Args:
+        advise: Whether to name what sends them with their code. Not to one who has it.
+    """
+    return "functions that workers can import" + advise * (
+        "; for lambdas, notebooks and the prompt install dbpool-executor[cloudpickle]"
+    )
 
 
 def is_interactive() -> bool:

@@ -32,7 +32,7 @@ from .._wire.locate import full_name
 from .._wire.logs import Levels
 from .._wire.options import JobOptions, loads_options
 from .._wire.phase import PhaseRecord, Transaction
-from .._wire.picklers import WITH_CODE, with_code
+from .._wire.picklers import importable, is_interactive, with_code
 from .._wire.short_answers import AnswerWriter
 from ..errors import ArgumentsLostError, Outcome
 from .engine_warnings import notes_on, watch_limit
@@ -323,7 +323,9 @@ def _run(
         except BaseException as exc:
             what = f"{full_name(type(exc))}: {exc}"
             if isinstance(exc, AttributeError) and "__main__" in what:
-                what += f" (only plain values cross between processes, {WITH_CODE})"
+                # At a prompt the parent would have sent the code, if it could.
+                how = importable(advise=is_interactive())
+                what += f" (only plain values cross between processes, and {how})"
             error = ArgumentsLostError(what)
             set_cause(error, exc)
             return _FAILURE, dumps_exception(error)
