@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from sqlalchemy import URL
 
+import lean
 import processes
 import servers
 import tls
@@ -41,6 +42,36 @@ multiprocessing.set_forkserver_preload(
 # A shell that starts the suite in the background has Ctrl-C ignored, also in the programs
 # that the suite starts and interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option to run everything."""
+    parser.addoption(
+        "--all",
+        action="store_true",
+        help="run every combination of databases, drivers and start methods; without "
+        "it the lean suite is run, and all of each file that is named",
+    )
+
+
+@pytest.hookimpl(trylast=True)  # of those that -k and -m have left
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    """Choose the lean suite, see ``support/lean.py``."""
+    if config.getoption("--all") or any(".py" in arg for arg in config.args):
+        return
+    chosen = lean.choose(
+        lean.test_of(
+            item.nodeid,
+            getattr(getattr(item, "callspec", None), "params", {}),
+            is_heavy=item.get_closest_marker("heavy") is not None,
+        )
+        for item in items
+    )
+    left = [item for number, item in enumerate(items) if number not in chosen]
+    items[:] = [item for number, item in enumerate(items) if number in chosen]
+    config.hook.pytest_deselected(items=left)
 
 
 @pytest.fixture(autouse=True)

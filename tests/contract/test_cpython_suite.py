@@ -84,6 +84,7 @@ TIMED = {
 """Tests that may fail on a busy machine, and why."""
 
 
+@pytest.mark.heavy
 @pytest.mark.timeout(LONGEST_RUN + 60)
 def test_cpythons_tests_pass(start_method: str, tmp_path: Path) -> None:
     """All but the exceptions, and those fail: the table of them is true."""

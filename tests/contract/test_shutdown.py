@@ -363,6 +363,7 @@ def test_job_may_take_longer_than_a_worker_may_to_leave(
 # -- Nothing is left ------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 @one_server
 def test_executors_in_a_loop_leave_nothing_behind(
     database: Database, context: BaseContext, nothing_left: None
@@ -391,6 +392,7 @@ def test_executors_in_a_loop_leave_nothing_behind(
     wait_until(lambda: database.sessions() == 0, "the server to end the sessions")
 
 
+@pytest.mark.heavy
 def test_crashes_leave_nothing_behind(
     sqlite_database: Database, context: BaseContext, make_executor: MakeExecutor
 ) -> None:

@@ -27,6 +27,7 @@ from dbpool_executor import (
     JobExitedError,
     JobFailedError,
     NotPlainError,
+    OutcomeUnknownError,
     OutsideJobError,
     ResolveNotSupportedError,
     ResultLostError,
@@ -110,7 +111,9 @@ CASES = {
         jobs.insert_and_swallow_error, ("a",), (NOTHING, TransactionAbortedError), None
     ),
     "commit fails": Case(
-        faults.insert_and_have, ("a", "commit", failures.end_with), TypeError
+        faults.insert_and_have,
+        ("a", "commit", failures.end_with),
+        OutcomeUnknownError,
     ),
     "after commit": Case(
         faults.insert_and_have,

@@ -242,6 +242,7 @@ def test_worker_that_dies_once_in_its_initializer_costs_no_job(
     assert len((tmp_path / "record").read_text().split()) == 2
 
 
+@pytest.mark.heavy
 def test_worker_that_is_killed_while_it_sends_costs_no_other_job(
     sqlite_database: Database,
     context: BaseContext,

@@ -228,6 +228,7 @@ def test_half_an_answer_does_not_hold_up_the_others(
     assert sqlite_database.names() == {"large", *(f"item {i}" for i in range(100))}
 
 
+@pytest.mark.heavy
 def test_100_mb_in_both_directions_at_once(
     sqlite_database: Database, context: BaseContext, make_executor: MakeExecutor
 ) -> None:

@@ -75,6 +75,7 @@ def test_every_scenario_is_here(benchmark):
     )
 
 
+@pytest.mark.heavy
 @pytest.mark.timeout(LONGEST + 20)
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_a_scenario_runs_for_a_round(benchmark, scenario, tmp_path):

@@ -183,6 +183,7 @@ def members(group: int) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("moment", ["start", "work"])
 @pytest.mark.parametrize("method", METHODS)
 def test_ctrl_c_ends_it_with_one_line(tmp_path, temporary, method, moment):
