@@ -80,6 +80,7 @@ class InlineExecutor(DBPoolExecutor):
             submitted.
         finalargs: Its positional arguments.
         forward_logs: Ignored; jobs log in this process.
+        reset_connections: Ignored; the connections may be the test's own.
         timeout: Ignored, once it is checked.
         retries: Default for the jobs' ``retries``, see :meth:`options`.
 
@@ -104,6 +105,7 @@ class InlineExecutor(DBPoolExecutor):
         finalizer: Callable[..., object] | None = None,
         finalargs: tuple[Any, ...] = (),
         forward_logs: bool = False,  # noqa: ARG002
+        reset_connections: bool = False,  # noqa: ARG002
         timeout: float | None = None,
         retries: int = 0,
     ) -> None:

@@ -269,6 +269,12 @@ class DBPoolExecutor(_JobExecutor):
             are set here now; False by default. Records of a job are handled before
             its future is done. The handlers are called in the executor's own thread,
             so they must not wait for a job.
+        reset_connections: Whether what a job leaves on a connection, such as a
+            search_path, an advisory lock or a temporary table, is gone before the next
+            job; False by default. With psycopg and psycopg2 by ``DISCARD ALL``, which
+            costs a round trip for each job, and undoes as well what a "connect"
+            listener has set: give that in the URL. With others the connection is
+            closed, and the next job opens one.
         timeout: Default for the jobs' ``timeout``, see :meth:`options`.
         retries: Default for the jobs' ``retries``, see :meth:`options`.
 
@@ -296,6 +302,7 @@ class DBPoolExecutor(_JobExecutor):
         finalizer: Callable[..., object] | None = None,
         finalargs: tuple[Any, ...] = (),
         forward_logs: bool = False,
+        reset_connections: bool = False,
         timeout: float | None = None,
         retries: int = 0,
     ) -> None:
@@ -330,6 +337,7 @@ class DBPoolExecutor(_JobExecutor):
             None if finalizer is None else partial(finalizer, *finalargs),
             max_workers,
             levels_set() if forward_logs else None,
+            reset_connections,
         )
         self._options = DEFAULTS.with_(timeout=timeout, retries=retries)
         self._max_workers = max_workers

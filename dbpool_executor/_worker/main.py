@@ -61,6 +61,7 @@ class WorkerSetup(NamedTuple):
     finalizer: Callable[[], object] | None
     max_workers: int
     log_levels: Levels | None  # None if log records stay in the worker
+    resets_connections: bool = False
 
 
 _Setup = tuple[WorkerSetup, MutableSequence[int], End]
@@ -152,7 +153,12 @@ def main(ends: Ends | None, sent: SentSetup, environment: Environment | None) ->
                 tell = partial(_tell, channel)
                 forwarder = Forwarder(partial(_send_record, channel))
                 forwarder.take_over(setup.log_levels)
-            database = Database(setup.engine_factory, setup.session_options, record)
+            database = Database(
+                setup.engine_factory,
+                setup.session_options,
+                record,
+                resets_connections=setup.resets_connections,
+            )
             databases.append(database)
             watch.database = database
             here.database = database

@@ -45,6 +45,7 @@ from ..errors import (
 )
 from . import lookup
 from .commit_watch import CommitWatch
+from .connection_reset import ConnectionReset
 from .engine_hooks import hook, listen
 from .hard_exit import leave
 from .sessions import SessionOptions, Sessions
@@ -140,6 +141,7 @@ class Database:
         session_options: Keyword arguments for ``sessionmaker``, or what gives them for
             an engine.
         record: Where the phase of the running job is noted.
+        resets_connections: Whether connections are as good as new for the next job.
 
     Attributes:
         engine: The worker's engine.
@@ -163,6 +165,8 @@ class Database:
         engine_factory: Callable[[], Engine],
         session_options: SessionOptions,
         record: PhaseRecord,
+        *,
+        resets_connections: bool = False,
     ) -> None:
         engine = engine_factory()
         if isinstance(engine, asyncio_classes("AsyncEngine")):
@@ -179,6 +183,9 @@ class Database:
         if not self._is_shared:
             bound_statement_cache(engine)
         self.engine = engine
+        self._reset = ConnectionReset() if resets_connections else None
+        if self._reset is not None:
+            self._reset.watch(engine)
         self._record = record
         self.alarm = Alarm(self.cancel_statements)
         # Of other databases that the sessions use as well.
@@ -423,6 +430,8 @@ class Database:
         if self._was_lent:
             self._was_lent = False
             self._take_back(getattr(fn, "__qualname__", repr(fn)))
+        if self._reset is not None:
+            self._reset.end_job()
 
     def _take_back(self, name: str) -> None:
         """Close the connections that a job took and did not give back."""
@@ -450,6 +459,8 @@ class Database:
         hook(self._commits, engine)
         event.listen(engine, "handle_error", drivers.give_up_lost)
         event.listen(engine, "connect", cancel.note_session)
+        if self._reset is not None:
+            self._reset.watch(engine)
 
     def _watch_other(self, connection: Connection) -> None:
         """Watch the engine of a connection by which a session reaches another database.
