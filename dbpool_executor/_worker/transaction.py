@@ -345,6 +345,10 @@ class Database:
             raise ResolveNotSupportedError(self.engine.dialect.name)
         try:
             result = fn(*args, **kwargs) if kwargs else fn(*args)
+        except DBPoolError as exc:
+            # Perhaps from a future of another executor: its job is not this one.
+            exc.outcome = Outcome.ROLLED_BACK
+            raise
         finally:
             if self._pid != (process_id.known_pid or os.getpid()):
                 _end_copy(fn)

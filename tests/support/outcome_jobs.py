@@ -11,7 +11,12 @@ from functools import partial
 from sqlalchemy import text
 
 import jobs
-from dbpool_executor import OutsideJobError, current_engine, session
+from dbpool_executor import (
+    OutsideJobError,
+    ResultLostError,
+    current_engine,
+    session,
+)
 
 
 class GuardedError(Exception):
@@ -49,6 +54,7 @@ ERRORS = {
     "frozen": partial(FrozenError, 4),
     "group": partial(ExceptionGroup, "two", [ValueError(1), KeyError(2)]),
     "outside": partial(OutsideJobError, "session"),
+    "of another job": partial(ResultLostError, "that of another job"),
 }
 
 
