@@ -113,7 +113,8 @@ def test_sdist_holds_what_is_needed_to_build_and_test_it(sdist):
     names = {str(path) for path in paths}
     assert {"pyproject.toml", "README.md", "LICENSE", "PKG-INFO"} <= names
     assert names >= MODULES
-    assert {"dbpool_executor/py.typed", "tests/conftest.py"} <= names
+    docs = "dbpool_executor/docs/drivers.md"
+    assert {"dbpool_executor/py.typed", docs, "tests/conftest.py"} <= names
     assert {p.suffix for p in paths} & {".pyc", ".db", ".log"} == set()
 
 
