@@ -406,7 +406,9 @@ class Database:
                 if isinstance(exc, Exception):
                     text = "one of its databases refused it, and another did not"
                     raise OutcomeUnknownError(text) from exc
-            committing = phase is Phase.COMMITTING
+            # Ours are raised before it is sent.
+            is_ours = isinstance(exc, (DBPoolError, JobInterrupt))
+            committing = phase is Phase.COMMITTING and not is_ours
             if not (committing and drivers.leaves_commit_unknown(exc)):
                 raise
             if noted is not None:
@@ -416,7 +418,10 @@ class Database:
                 if outcome is Outcome.ROLLED_BACK:
                     self._resolved = exc if self._options.retries else None
                     raise
-            raise OutcomeUnknownError("the connection was lost") from exc
+            how = "the connection was lost"
+            if not getattr(exc, "connection_invalidated", False):
+                how = f"COMMIT failed with {full_name(type(exc))}"
+            raise OutcomeUnknownError(how) from exc
 
     def _exact(self, error: DBPoolError) -> DBPoolError:
         # What the job has committed by itself is not undone.

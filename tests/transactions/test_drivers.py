@@ -7,6 +7,7 @@ from concurrent.futures import wait
 from functools import partial
 from pathlib import Path
 
+import pg8000.core
 import pytest
 from sqlalchemy import text
 
@@ -87,6 +88,22 @@ def test_driver_that_is_not_known_is_judged_by_nothing() -> None:
     assert errors.leaves_commit_unknown(error)
     assert not errors.is_transient(error)
     assert errors.mysql_number(error) is None
+
+
+def test_error_of_a_socket_counts_as_a_lost_connection_only_out_of_a_driver() -> None:
+    """pg8000 lets it through; a job's own request to some other server may raise it too."""
+
+    class Reset:
+        def read(self, _size: int) -> bytes:
+            raise ConnectionResetError
+
+    with pytest.raises(ConnectionResetError) as of_the_driver:
+        pg8000.core._read(Reset(), 5)
+    with pytest.raises(ConnectionResetError) as of_the_job:
+        Reset().read(5)
+    assert errors.is_transient(of_the_driver.value)
+    assert not errors.is_transient(of_the_job.value)
+    assert errors.leaves_commit_unknown(of_the_driver.value)
 
 
 # -- Codes ---------------------------------------------------------------------------
