@@ -19,7 +19,7 @@ from .._wire.short_answers import AnswerReader
 from .._worker.main import SentSetup, WorkerSetup, begin, main
 from .forkserver import sigint_blocked, start_forkserver
 from .handle import KILL, worker_numbers
-from .process import ChildProcess, PidFd
+from .process import ChildProcess, PidFd, picklable_authkey
 from .quiesce import prepare_fork
 
 _NAME = "DBPoolWorker"
@@ -52,7 +52,8 @@ class LocalWorker:
             try:
                 # With a channel of its own each time: what a forkserver that is gone
                 # has forked may be there.
-                self._start(context, setup, environment)
+                with picklable_authkey():
+                    self._start(context, setup, environment)
             except (ConnectionError, EOFError):
                 if context.get_start_method() != "forkserver" or not attempts:
                     raise

@@ -14,7 +14,8 @@ import os
 import select
 import signal
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -155,6 +156,25 @@ class ChildProcess:
             time.sleep(0.01)
             exitcode = self._popen.poll()
         return exitcode
+
+
+@contextmanager
+def picklable_authkey() -> Iterator[None]:
+    """Let processes be made and started inside the block where billiard's is current.
+
+    Celery's prefork workers are: their key pickles for billiard's own children alone.
+    """
+    config: dict[str, Any] = vars(multiprocessing.current_process()).get("_config", {})
+    key = config.get("authkey")
+    own: Any = vars(multiprocessing.process)["AuthenticationString"]
+    if key is None or isinstance(key, own):
+        yield
+        return
+    config["authkey"] = own(key)
+    try:
+        yield
+    finally:
+        config["authkey"] = key
 
 
 def _start(process: Any) -> None:

@@ -36,6 +36,10 @@ from .check_rules import (
 )
 from .redact import place_of, told_of
 
+_GOES_ON = (
+    "if all processes of the program are killed at once, nobody is left to cancel its "
+    "statements: set client_connection_check_interval, which is 0 here"
+)
 _MOST_SECONDS = 20.0  # for the rates of all numbers of workers
 
 
@@ -253,7 +257,7 @@ class _Check:
             f"{facts.driver} can cancel a statement: a job with timeout={measures.TIMEOUT:g}"
             f" ended after {seconds:.2f} s, and its worker goes on"
         )
-        return Finding(name, Status.OK, what)
+        return Finding(name, Status.OK, what, _GOES_ON if facts.goes_on else "")
 
     # -- Measurements ---------------------------------------------------------------------
 

@@ -58,6 +58,11 @@ _ASK_FOR_NARROWER = {
 }
 _ASK_FOR_NARROWER["mariadb"] = _ASK_FOR_NARROWER["mysql"]
 
+# How often the server looks whether the client of a running statement is still there.
+_ASK_FOR_CLIENT_CHECK = {
+    "postgresql": "SELECT current_setting('client_connection_check_interval', true)",
+}
+
 _SLOW = {
     "mariadb": "SELECT SLEEP(3)",
     "mysql": "SELECT SLEEP(3)",
@@ -95,6 +100,8 @@ class Facts(NamedTuple):
         server: Name and version of the database, if there is a connection.
         connect_seconds: How long it took to get it.
         bounds: What the server tells of how many there may be.
+        goes_on: Whether it ends a statement of a client that is gone only with the
+            statement itself, and could be told otherwise.
     """
 
     place: str
@@ -106,6 +113,7 @@ class Facts(NamedTuple):
     server: str = ""
     connect_seconds: float = 0.0
     bounds: tuple[Bound, ...] = ()
+    goes_on: bool = False
 
 
 def look() -> Facts:
@@ -132,11 +140,15 @@ def look() -> Facts:
             seconds = time.monotonic() - started
             connection.execute(_ONE)
             bounds = tuple(_bounds_of(connection))
+            goes_on = _goes_on(connection)
     except Exception as exc:
         # Told here, where the password that must not be told is known.
         return facts._replace(failure=told_of(exc, engine.url))
     return facts._replace(
-        server=_server_of(engine), connect_seconds=seconds, bounds=bounds
+        server=_server_of(engine),
+        connect_seconds=seconds,
+        bounds=bounds,
+        goes_on=goes_on,
     )
 
 
@@ -220,6 +232,12 @@ def _server_of(engine: Engine) -> str:
     name = _NAMES.get("mariadb" if is_mariadb else dialect.name, dialect.name)
     version: tuple[object, ...] = getattr(dialect, "server_version_info", None) or ()
     return f"{name} {'.'.join(map(str, version))}".strip()
+
+
+def _goes_on(connection: Connection) -> bool:
+    ask = _ASK_FOR_CLIENT_CHECK.get(connection.dialect.name)
+    # NULL before PostgreSQL 14, which has no such setting.
+    return ask is not None and connection.exec_driver_sql(ask).scalar_one() == "0"
 
 
 def _bounds_of(connection: Connection) -> list[Bound]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 import pytest
@@ -373,6 +374,28 @@ def test_copy_of_a_process_that_has_used_an_executor_makes_its_own(
     assert output.splitlines() == ["True", "True", "exit 0"], errors
     assert program.returncode == 0
     assert "Error" not in errors
+
+
+class ForeignKey(bytes):
+    """What billiard, and so Celery, puts in the place of multiprocessing's own."""
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("disallowed for security reasons")
+
+
+def test_workers_start_where_the_process_has_a_key_of_billiards(
+    sqlite_database: Database,
+    context: BaseContext,
+    make_executor: MakeExecutor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It does not pickle for multiprocessing's children, and stays what it is."""
+    config = vars(multiprocessing.current_process())["_config"]
+    key = ForeignKey(config["authkey"])
+    monkeypatch.setitem(config, "authkey", key)
+    executor = make_executor(sqlite_database.make_engine, 1, context)
+    assert executor.submit(jobs.add, 1, 2).result(LONGEST) == 3
+    assert config["authkey"] is key
 
 
 FORGOTTEN = """\

@@ -133,6 +133,9 @@ def test_database_that_works_is_measured_and_left_alone(database):
     assert [line["name"] for line in report["checks"]] == STEPS
     assert {line["status"] for line in report["checks"]} == {"ok"}
     assert (report["ok"], report["workers"]) == (True, 2)
+    (line,) = [line for line in report["checks"] if line["name"] == "timeout"]
+    told = "client_connection_check_interval" in line["remedy"]
+    assert told == database.is_postgresql
     assert report["start_method"] == "forkserver"
     needed = report["connections"]
     assert (needed["needed_at_least"], needed["needed_at_most"]) == (2, 30)
