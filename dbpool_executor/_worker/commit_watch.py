@@ -151,15 +151,14 @@ class CommitWatch:
         return self.has_committed or is_split
 
     def ask(self) -> None:
-        """Ask whether anything is committed, now that the job has failed."""
-        if self.by_the_job:
-            return
+        """Roll back, now that the job has failed, and ask whether that is all of it."""
         for where in self._marked:
             self.by_the_job |= not questions.is_marked(where)
         self._marked.clear()
         for where, traits in list(self._written.items()):
+            # Also what is left of a session that the job has kept for itself.
+            _roll_back(where)
             if traits.undoes and not self.by_the_job:
-                _roll_back(where)
                 self._ask_after_rollback(where)
         self._written.clear()
 
