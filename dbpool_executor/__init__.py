@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from ._api.executor import DBPoolExecutor
     from ._dispatch.future import JobFuture
     from ._dispatch.stats import Stats
+    from ._ledger.ledger import Ledger
+    from ._ledger.results import STORED, Stored
     from ._worker.transaction import current_engine, session
     from .errors import (
         ArgumentsLostError,
@@ -26,7 +28,10 @@ if TYPE_CHECKING:
         JobExitedError,
         JobFailedError,
         JobTimeoutError,
+        KeyReusedError,
+        LedgerError,
         NotPlainError,
+        NotStorableError,
         OpenConnectionsError,
         Outcome,
         OutcomeUnknownError,
@@ -43,6 +48,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "STORED",
     "ArgumentsLostError",
     "DBPoolError",
     "DBPoolExecutor",
@@ -51,7 +57,11 @@ __all__ = [
     "JobFailedError",
     "JobFuture",
     "JobTimeoutError",
+    "KeyReusedError",
+    "Ledger",
+    "LedgerError",
     "NotPlainError",
+    "NotStorableError",
     "OpenConnectionsError",
     "Outcome",
     "OutcomeUnknownError",
@@ -59,6 +69,7 @@ __all__ = [
     "ResolveNotSupportedError",
     "ResultLostError",
     "Stats",
+    "Stored",
     "TransactionAbortedError",
     "WorkLostError",
     "WorkerDiedError",
@@ -72,7 +83,10 @@ __all__ = [
 _HOMES = {
     "DBPoolExecutor": "._api.executor",
     "JobFuture": "._dispatch.future",
+    "Ledger": "._ledger.ledger",
+    "STORED": "._ledger.results",
     "Stats": "._dispatch.stats",
+    "Stored": "._ledger.results",
     "current_engine": "._worker.transaction",
     "session": "._worker.transaction",
 }

@@ -20,7 +20,10 @@ __all__ = [
     "JobExitedError",
     "JobFailedError",
     "JobTimeoutError",
+    "KeyReusedError",
+    "LedgerError",
     "NotPlainError",
+    "NotStorableError",
     "OpenConnectionsError",
     "Outcome",
     "OutcomeUnknownError",
@@ -63,9 +66,11 @@ class DBPoolError(Exception):
     Attributes:
         outcome: What happened to the job's transaction; None where the error does
             not end a job.
+        key: That of the job in the ledger, or those of its chunk; None if it has none.
     """
 
     outcome: Outcome | None = None
+    key: str | tuple[str, ...] | None = None
 
 
 def outcome_of(error: BaseException) -> Outcome | None:
@@ -364,6 +369,77 @@ class WorkLostError(TransactionAbortedError):
             "which undoes it, so the job was rolled back; write session.add(...) and "
             "leave the session open, it is committed and closed when the job returns; "
             "if the work is not wanted, call session.rollback() first"
+        )
+
+
+class LedgerError(DBPoolError, RuntimeError):
+    """The ledger's table cannot keep what the ledger promises; the job never started.
+
+    Args:
+        text: What is wrong, and what to do.
+    """
+
+    outcome: Outcome | None = Outcome.NEVER_STARTED
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+
+    def __str__(self) -> str:
+        return f"the job with a key never started, since {self.text}"
+
+
+class KeyReusedError(DBPoolError, ValueError):
+    """A key was given to a job of another function than the ledger has it for.
+
+    Args:
+        key: The key.
+        stored: Qualified name of the function that the ledger has it for.
+        name: That of the job.
+    """
+
+    outcome: Outcome | None = Outcome.NEVER_STARTED
+
+    def __init__(self, key: str, stored: str, name: str) -> None:
+        super().__init__(key, stored, name)
+        self.key = key
+        self.stored = stored
+        self.name = name
+
+    def __str__(self) -> str:
+        return (
+            f"the key {self.key!r} of a job {self.name} is one of {self.stored} in the "
+            "ledger, whose result may be something else, so the job never started; use "
+            "another key, or if the function was renamed "
+            f'Ledger(names={{"{self.stored}": "{self.name}"}})'
+        )
+
+
+class NotStorableError(DBPoolError, TypeError):
+    """The result of a job with a key is nothing that its ledger keeps.
+
+    The job is rolled back, and its key is free.
+
+    Args:
+        place: Where the value sits, such as ``result['rows'][3]``.
+        what: Its type, or what is wrong with it.
+        remedy: What to return instead.
+    """
+
+    outcome: Outcome | None = Outcome.ROLLED_BACK
+
+    def __init__(self, place: str, what: type | str, remedy: str) -> None:
+        if isinstance(what, type):
+            what = f"{what.__module__}.{what.__qualname__}".removeprefix("builtins.")
+        super().__init__(place, what, remedy)
+        self.place = place
+        self.what = what
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return (
+            f"{self.place} is {self.what}, which is not JSON, so the ledger cannot keep "
+            f"it (the job's outcome: rolled back); {self.remedy}"
         )
 
 

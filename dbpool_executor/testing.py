@@ -20,7 +20,7 @@ from sqlalchemy import URL, Connection, Engine, event
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from ._api.arguments import check_pickles, factory_of
+from ._api.arguments import check_ledger, check_pickles, factory_of
 from ._api.executor import DBPoolExecutor
 from ._dispatch.dispatcher import _FAILURE_PARTS, Dispatcher
 from ._dispatch.job import Job, read
@@ -28,12 +28,14 @@ from ._drivers.errors import is_aborted
 from ._forks.connections import live_entries
 from ._forks.pools import pool_of
 from ._launch.quiesce import AnyEngine, _is_its_pool
+from ._ledger.ledger import Ledger
 from ._wire.calls import Buffer, Call, Label, Name, dumps_calls, loads_calls
 from ._wire.channel import Kind, Message
 from ._wire.exceptions import dumps_exception
 from ._wire.options import DEFAULTS, JobOptions
 from ._wire.phase import WORDS, PhaseRecord
 from ._worker import main as worker
+from ._worker.once import Once
 from ._worker.sessions import SessionOptions
 from ._worker.transaction import NO_KEYWORDS, Database, here
 from .errors import DBPoolError, TransactionAbortedError
@@ -81,6 +83,7 @@ class InlineExecutor(DBPoolExecutor):
         finalargs: Its positional arguments.
         forward_logs: Ignored; jobs log in this process.
         reset_connections: Ignored; the connections may be the test's own.
+        ledger: Where the keys of jobs are kept; its table must be there.
         timeout: Ignored, once it is checked.
         retries: Default for the jobs' ``retries``, see :meth:`options`.
 
@@ -106,6 +109,7 @@ class InlineExecutor(DBPoolExecutor):
         finalargs: tuple[Any, ...] = (),
         forward_logs: bool = False,  # noqa: ARG002
         reset_connections: bool = False,  # noqa: ARG002
+        ledger: Ledger | None = None,
         timeout: float | None = None,
         retries: int = 0,
     ) -> None:
@@ -121,8 +125,9 @@ class InlineExecutor(DBPoolExecutor):
         check_pickles("finalargs", tuple(finalargs))
         self._options = DEFAULTS.with_(timeout=timeout, retries=retries)
         self._max_workers = 1
+        self._ledger = check_ledger(ledger)
         self._dispatcher = _InlineDispatcher(
-            partial(_InlineDatabase, engine_factory, session_options or {}),
+            partial(_InlineDatabase, engine_factory, session_options or {}, ledger),
             None if initializer is None else partial(initializer, *initargs),
             None if finalizer is None else partial(finalizer, *finalargs),
             is_ours=is_ours,
@@ -155,9 +160,16 @@ class _InlineDispatcher(Dispatcher):
         self._is_ours = is_ours
         self._database: _InlineDatabase | None = None  # until the first job
 
-    def add(self, name: Name | Label | None, call: Call, options: JobOptions) -> Job:
+    def add(
+        self,
+        name: Name | Label | None,
+        call: Call,
+        options: JobOptions,
+        keys: str | tuple[str, ...] | None = None,
+    ) -> Job:
         self.check_owner()
         job = Job(name, call, options)
+        job.keys = keys
         with self._lock:
             self.check_open()
             self._start()
@@ -219,7 +231,12 @@ class _InlineDispatcher(Dispatcher):
         name = job.name if isinstance(job.name, tuple) else None
         ((fn, (call,)),) = loads_calls(dumps_calls([(name, [job.call])]))
         while True:
+            if job.keys is not None:
+                self._database.keys = job.keys
             told = Message(*worker._run(self._database, fn, call, options))
+            if (once := self._database.once) is not None:
+                self._skipped += once.skipped
+                once.skipped = 0
             if told.kind is not Kind.FAILURE:
                 return told
             job.attempts += 1
@@ -247,15 +264,20 @@ class _InlineDatabase(Database):
     Args:
         engine_factory: Gives it.
         session_options: Keyword arguments for ``sessionmaker``, or a callable.
+        ledger: The executor's, if it has one.
     """
 
     _is_shared = True
 
     def __init__(
-        self, engine_factory: Callable[[], Engine], session_options: SessionOptions
+        self,
+        engine_factory: Callable[[], Engine],
+        session_options: SessionOptions,
+        ledger: Ledger | None,
     ) -> None:
         record = PhaseRecord([0] * WORDS)
         super().__init__(partial(_view_of, engine_factory), session_options, record)
+        self.once = None if ledger is None else Once(ledger)
         self._is_joined = isinstance(self.sessions.maker.kw["bind"], Connection)
         if self._is_joined:
             event.listen(self.sessions.maker, "before_commit", self._before_commit)

@@ -19,6 +19,7 @@ from typing import Any, cast
 
 from sqlalchemy import URL, Engine, create_engine, make_url
 
+from .._ledger.ledger import Ledger
 from .._wire.calls import pack_call
 from .._wire.locate import asyncio_classes, full_name, innermost
 from .._wire.picklers import by_value_pickler, is_interactive, with_code
@@ -184,6 +185,20 @@ def check_session_options(
     except Exception:  # noqa: S110 - under fork it need not pickle
         pass
     return dict(options)
+
+
+def check_ledger(ledger: object) -> Ledger | None:
+    """Refuse what is no ledger.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    if ledger is None or isinstance(ledger, Ledger):
+        return ledger
+    raise TypeError(
+        f"ledger is a {full_name(type(ledger))}; pass dbpool_executor.Ledger(name), or "
+        "leave it out"
+    )
 
 
 def check_context(context: object) -> BaseContext:

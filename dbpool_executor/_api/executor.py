@@ -19,7 +19,7 @@ import itertools
 import signal
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor
 from functools import partial
 from multiprocessing.context import BaseContext
@@ -35,16 +35,19 @@ from .._dispatch.stats import Stats
 from .._launch.handle import KILL
 from .._launch.local import LocalWorker
 from .._launch.quiesce import AnyEngine, engines_of, prepare
+from .._ledger.ledger import Ledger
 from .._wire.calls import pack_call, pack_short
 from .._wire.environment import Environment
 from .._wire.locate import name_of
 from .._wire.logs import levels_set
 from .._wire.options import DEFAULTS, JobOptions
+from .._worker import ledger_jobs
 from .._worker.main import WorkerSetup, run_chunk
 from .._worker.sessions import SessionOptions
 from .arguments import (
     check_context,
     check_count,
+    check_ledger,
     check_pickles,
     check_reachable,
     check_session_options,
@@ -52,11 +55,13 @@ from .arguments import (
     default_max_workers,
     factory_of,
 )
+from .keyed import Key, Keys, parts, results_of
 from .map_results import ChunkResults, Results
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_LOOK_RETRIES = 5
 INTERRUPT_GRACE = 5.0
 """Seconds that running transactions get to end after a Ctrl-C."""
 
@@ -67,6 +72,7 @@ class _JobExecutor(Executor):
     _dispatcher: Dispatcher
     _options: JobOptions
     _max_workers: int  # other libraries ask for it, as of ProcessPoolExecutor's
+    _keys: Keys | None = None
 
     def submit(
         self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
@@ -123,12 +129,7 @@ class _JobExecutor(Executor):
             TimeoutError: From the iterator: a result was not there in time.
             Exception: From the iterator: whatever a call raised.
         """
-        self._dispatcher.check_owner()
-        if chunksize < 1:
-            raise ValueError(f"chunksize must be >= 1, not {chunksize}")
-        if buffersize is not None:
-            check_count("buffersize", buffersize)
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = self._check_map(timeout, chunksize, buffersize)
         calls = zip(*iterables, strict=False)
         # Not of the executor: whoever has forgotten it may keep the results.
         submit = partial(_submit, self._dispatcher, self._options)
@@ -138,6 +139,16 @@ class _JobExecutor(Executor):
         chunks = iter(lambda: tuple(itertools.islice(calls, chunksize)), ())
         jobs = (submit(run_chunk, (fn, chunk), {}) for chunk in chunks)
         return ChunkResults(Results(jobs, buffersize, deadline))
+
+    def _check_map(
+        self, timeout: float | None, chunksize: int, buffersize: int | None
+    ) -> float | None:
+        self._dispatcher.check_owner()
+        if chunksize < 1:
+            raise ValueError(f"chunksize must be >= 1, not {chunksize}")
+        if buffersize is not None:
+            check_count("buffersize", buffersize)
+        return None if timeout is None else time.monotonic() + timeout
 
     def options(
         self,
@@ -149,6 +160,7 @@ class _JobExecutor(Executor):
         isolation_level: str | None = None,
         read_only: bool | None = None,
         resolve: bool | None = None,
+        key: Key | None = None,
     ) -> _JobExecutor:
         """Give a view on the same workers whose jobs run with other options.
 
@@ -172,6 +184,11 @@ class _JobExecutor(Executor):
             resolve: Whether the server is asked what became of a COMMIT that contact
                 was lost in; False by default, since it costs a round trip before each
                 COMMIT. PostgreSQL only.
+            key: For executors with a ``ledger``: a string for one job, or a callable
+                that is called with the arguments of each, in the thread that submits it,
+                and gives one. The effect of a job happens once for each key; a job whose
+                key is in the ledger is not run, and its result is the stored one. By
+                default jobs have no key.
 
         Returns:
             An executor. Options that are not given are as here; to shut it down is to
@@ -191,8 +208,17 @@ class _JobExecutor(Executor):
             isolation_level=isolation_level,
             read_only=read_only,
             resolve=resolve,
+            keyed=None if key is None else True,
         )
-        return _View(self._owner(), options)
+        owner, keys = self._owner(), self._keys if key is None else Keys(key)
+        if keys is None:
+            return _View(owner, options)
+        if owner._ledger is None:
+            raise ValueError(
+                "options(key=...) was given, and the executor has no ledger to keep the "
+                "key in; make it with DBPoolExecutor(..., ledger=Ledger(name))"
+            )
+        return _KeyedView(owner, options, keys)
 
     def start_workers(self, *, wait: bool = False) -> None:
         """Start all workers now, ahead of the first job.
@@ -275,6 +301,8 @@ class DBPoolExecutor(_JobExecutor):
             costs a round trip for each job, and undoes as well what a "connect"
             listener has set: give that in the URL. With others the connection is
             closed, and the next job opens one.
+        ledger: Where the keys of jobs are kept, see ``options(key=...)``; its table must
+            be there. None if no job has one.
         timeout: Default for the jobs' ``timeout``, see :meth:`options`.
         retries: Default for the jobs' ``retries``, see :meth:`options`.
 
@@ -303,6 +331,7 @@ class DBPoolExecutor(_JobExecutor):
         finalargs: tuple[Any, ...] = (),
         forward_logs: bool = False,
         reset_connections: bool = False,
+        ledger: Ledger | None = None,
         timeout: float | None = None,
         retries: int = 0,
     ) -> None:
@@ -338,7 +367,9 @@ class DBPoolExecutor(_JobExecutor):
             max_workers,
             levels_set() if forward_logs else None,
             reset_connections,
+            check_ledger(ledger),
         )
+        self._ledger = ledger
         self._options = DEFAULTS.with_(timeout=timeout, retries=retries)
         self._max_workers = max_workers
         self._dispatcher = Dispatcher(
@@ -413,6 +444,7 @@ def _submit(
     fn: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    keys: str | tuple[str, ...] | None = None,
 ) -> JobFuture[Any]:
     # Not in the block: what a signal's handler raises is no fault of the call.
     packed = pack_short(fn, args, kwargs)
@@ -423,7 +455,7 @@ def _submit(
             dispatcher.check_owner()
             dispatcher.check_open()
             return failed_job(name_of(fn, args), exc)
-    return dispatcher.add(*packed, options)
+    return dispatcher.add(*packed, options, keys)
 
 
 class _View(_JobExecutor):
@@ -444,3 +476,53 @@ class _View(_JobExecutor):
 
     def __repr__(self) -> str:
         return f"<{self._options!r} on {self._executor!r}>"
+
+
+class _KeyedView(_View):
+    """A view whose jobs have keys in the executor's ledger."""
+
+    def __init__(
+        self, executor: DBPoolExecutor, options: JobOptions, keys: Keys
+    ) -> None:
+        super().__init__(executor, options)
+        self._keys: Keys = keys
+
+    def submit(
+        self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> JobFuture[T]:
+        key = self._keys.of(args, kwargs)
+        return _submit(self._dispatcher, self._options, fn, args, kwargs, key)
+
+    def map(
+        self,
+        fn: Callable[..., T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
+    ) -> Iterator[T]:
+        deadline = self._check_map(timeout, chunksize, buffersize)
+        ledger = self._executor._ledger
+        assert ledger is not None  # noqa: S101 - or there would be no such view
+        dispatcher = self._dispatcher  # and not this view, which holds the executor
+        submit = partial(_submit, dispatcher, self._options)
+        # What only reads is repeated whatever the job's own options say.
+        looking = self._options._replace(keyed=False, retries=_LOOK_RETRIES)
+
+        def look_up(keys: list[str]) -> Mapping[str, Any]:
+            future = _submit(dispatcher, looking, ledger_jobs.look_up, (keys,), {})
+            left = None if deadline is None else deadline - time.monotonic()
+            found = results_of(future.result(left), ledger, fn)
+            dispatcher.note_looked_up(len(found))
+            return found
+
+        def submit_chunk(
+            chunk: tuple[Any, ...], keys: tuple[str, ...]
+        ) -> JobFuture[Any]:
+            return submit(run_chunk, (fn, chunk), {}, keys)
+
+        calls = zip(*iterables, strict=False)
+        jobs: Any = parts(
+            calls, self._keys, chunksize, buffersize, look_up, submit_chunk
+        )
+        return ChunkResults(Results(jobs, buffersize, deadline))

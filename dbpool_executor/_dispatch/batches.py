@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import itertools
 import operator
+import pickle
 from collections import deque
 from collections.abc import Sequence
 
 from .._wire.calls import dumps_calls
 from .._wire.channel import Kind, Message
 from .._wire.options import JobOptions, dumps_options
+from .._wire.picklers import PROTOCOL
 from .job import Job, taken
 
 _GROUP_BYTES = 1 << 16  # of pickles in one message; a longer one goes alone
@@ -56,17 +58,23 @@ def messages_for(jobs: Sequence[Job], number: int) -> list[Message]:
     """
     messages = []
     for options, group in itertools.groupby(jobs, operator.attrgetter("options")):
+        members = list(group) if options.keyed else ()
         runs = [
             (None if isinstance(name, str) else name, [job.call for job in run])
-            for name, run in itertools.groupby(group, operator.attrgetter("name"))
+            for name, run in itertools.groupby(
+                members or group, operator.attrgetter("name")
+            )
         ]
         encoded = dumps_options(options)
+        others = [encoded]
+        if options.keyed:
+            others.append(pickle.dumps([job.keys for job in members], PROTOCOL))
         match runs:
             case [(None, [call])] if not isinstance(call, tuple):
                 # It may be long, and to pickle it once more is to copy it.
-                message = Message(Kind.JOB, [call, encoded], number)
+                message = Message(Kind.JOB, [call, *others], number)
             case _:
-                message = Message(Kind.JOBS, [dumps_calls(runs), encoded], number)
+                message = Message(Kind.JOBS, [dumps_calls(runs), *others], number)
         messages.append(message)
         number += sum(len(calls) for _, calls in runs)
     return messages

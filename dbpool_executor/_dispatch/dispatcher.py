@@ -18,23 +18,26 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
+from typing import Any
 
 from .._forks import process_id
 from .._forks.ends import make_ends
 from .._launch.handle import WorkerHandle
 from .._wire.calls import Call, Label, Name, pack_call
 from .._wire.channel import Kind, Message
+from .._wire.exceptions import is_outcome_unknown
 from .._wire.logs import handle_record
 from .._wire.options import DEFAULTS, JobOptions
 from .._wire.phase import Transaction
+from .._worker import ledger_jobs
 from .._worker.main import outcome_of_transaction
 from ..errors import DBPoolError, Outcome, OutcomeUnknownError
-from . import pace
+from . import pace, verdict
 from .fast_lane import Offers
 from .flag import Flag
 from .fleet import Ending, Worker, Workers
 from .interpreter_exit import at_exit
-from .job import Job, Told, end_unasked, read
+from .job import Job, Known, Told, end_unasked, read
 from .retries import Repeats
 from .stats import Stats
 from .verdict import may_repeat, never_sent_error, resolved_error
@@ -44,6 +47,10 @@ _WAY_SECONDS = 5e-5  # for which a caller gives way
 _WAY_EVERY = 5e-4  # seconds, at most, to a thread that is late
 _NOTICE_SECONDS = 0.2  # after which an end of the thread is noticed
 _LONG_PICKLE = 1 << 20  # bytes, which may be hundreds of thousands of objects
+
+_SETTLED_BY_LEDGER = (Outcome.UNKNOWN, Outcome.COMMITTED)
+# It waits for the transaction of the lost job, but not for ever.
+_ASKS_LEDGER = DEFAULTS.with_(timeout=10.0, kill_after=1.0, retries=20)
 
 log = logging.getLogger("dbpool_executor")
 
@@ -113,16 +120,25 @@ class Dispatcher:
         # Why all workers were killed: no job will be sent again.
         self._killed_for: str | None = None
         self._done = self._failed = self._retried = 0
+        self._skipped = 0  # calls that a worker has found in the ledger
+        self._looked_up = 0  # those that map() has found there
 
     # -- Called by other threads --------------------------------------------------
 
-    def add(self, name: Name | Label | None, call: Call, options: JobOptions) -> Job:
+    def add(
+        self,
+        name: Name | Label | None,
+        call: Call,
+        options: JobOptions,
+        keys: str | tuple[str, ...] | None = None,
+    ) -> Job:
         """Queue a job; the first one starts the thread.
 
         Args:
             name: Of the function that it calls, as :func:`pack_call` gives it.
             call: As well.
             options: How it is run.
+            keys: Its key in the ledger, or those of a chunk's calls.
 
         Raises:
             WorkerStartError: The executor is broken.
@@ -134,6 +150,8 @@ class Dispatcher:
         if not self._is_open:
             self._open()
         job = Job(name, call, options)
+        if keys is not None:
+            job.keys = keys
         if self._offers.standing is None:
             self._waiting.append(job)
         elif self._take_offer(job):
@@ -181,6 +199,11 @@ class Dispatcher:
         if offer.unsent != b"":
             self._wake()
         return True
+
+    def note_looked_up(self, count: int) -> None:
+        """Count calls that were found in the ledger before they were submitted."""
+        with self._lock:
+            self._looked_up += count
 
     def check_open(self) -> None:
         """Raise as :meth:`add` would in the process that made the executor."""
@@ -305,6 +328,7 @@ class Dispatcher:
             retried=self._retried,
             died=self._workers.died,
             replaced=self._workers.replaced,
+            stored=self._skipped + self._looked_up,
         )
 
     def _wake(self) -> None:
@@ -546,6 +570,8 @@ class Dispatcher:
                 # A fourth part says that it may succeed when it is repeated.
                 if len(message.parts) > _FAILURE_PARTS:
                     self._repeat_or_settle(job, message)
+                elif job.keys is not None and is_outcome_unknown(message.parts):
+                    self._ask_ledger(job, message)
                 else:
                     self._end(job, message)
             elif kind is Kind.LOG:
@@ -556,6 +582,8 @@ class Dispatcher:
                     returned.append(worker.sent.pop(0))
             elif kind is Kind.READY:
                 self._workers.note_ready(worker)
+            elif kind is Kind.SKIPPED:
+                self._skipped += number
             elif kind is Kind.NOTE:
                 self._workers.take_note(bytes(message.parts[0]).decode())
             elif kind is Kind.START_FAILURE:
@@ -572,7 +600,9 @@ class Dispatcher:
         job, error = ending.job, ending.error
         if job is None or error is None:
             return
-        if ending.transaction.xid and error.outcome is Outcome.UNKNOWN:
+        if job.keys is not None and error.outcome in _SETTLED_BY_LEDGER:
+            self._ask_ledger(job, error)
+        elif ending.transaction.xid and error.outcome is Outcome.UNKNOWN:
             self._resolve(job, error, ending.transaction)
         else:
             self._end_lost(job, error)
@@ -584,7 +614,7 @@ class Dispatcher:
         else:
             self._end(job, error)
 
-    def _end(self, job: Job, told: Message | DBPoolError) -> None:
+    def _end(self, job: Job, told: Told) -> None:
         job.attempts += 1
         self._tell(job, told)
 
@@ -592,7 +622,7 @@ class Dispatcher:
         self._told_jobs.append(job)
         self._told.append(told)
 
-    def _repeat_or_settle(self, job: Job, told: Message | DBPoolError) -> None:
+    def _repeat_or_settle(self, job: Job, told: Told) -> None:
         if job.attempts >= job.options.retries or self._killed_for is not None:
             self._end(job, told)
             return
@@ -612,6 +642,27 @@ class Dispatcher:
             self._wake()  # it has reckoned before how long it may sleep
 
         asked = Job(*pack_call(outcome_of_transaction, (which,), {}), DEFAULTS)
+        asked.add_done_callback(settle)
+        self._waiting.appendleft(asked)
+
+    def _ask_ledger(self, job: Job, told: Message | DBPoolError) -> None:
+        """Have a worker find out in the ledger what became of a job with a key."""
+
+        def settle(asked: Future[list[Any] | None]) -> None:
+            if asked.cancelled() or asked.exception() is not None:
+                self._end(job, told)
+                return
+            self._done -= 1  # the question is no job of the user's
+            results = asked.result()
+            if results is None:
+                self._repeat_or_settle(job, verdict.rolled_back(told))
+                self._wake()  # for how long this thread sleeps is decided by now
+            else:
+                is_one = isinstance(job.keys, str)
+                self._end(job, Known(results[0] if is_one else results))
+
+        keys = (job.keys,) if isinstance(job.keys, str) else job.keys
+        asked = Job(*pack_call(ledger_jobs.settle, (keys,), {}), _ASKS_LEDGER)
         asked.add_done_callback(settle)
         self._waiting.appendleft(asked)
 

@@ -20,7 +20,7 @@ from concurrent.futures._base import (
     RUNNING,
 )
 from contextlib import suppress
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from .._forks.hooks import job_lock
 from .._wire.calls import Call, Label, Name, loads_result
@@ -48,7 +48,13 @@ log = logging.getLogger("dbpool_executor")
 _lock = job_lock
 
 
-Told = Message | bytes | int | BaseException
+class Known(NamedTuple):
+    """A result that needs no unpickling."""
+
+    value: object
+
+
+Told = Message | bytes | int | BaseException | Known
 """What a job ends by: an answer, the pickle of a short one or the number that it brings,
 or an error of the parent's."""
 
@@ -98,6 +104,7 @@ class Job(JobFuture[Any]):
     Attributes:
         status: One of the states of a future.
         number: Which job it is in the life of the worker that has it.
+        keys: Its key in the ledger, or those of a chunk's calls; None if it has none.
         deliveries: Workers that died over it before they had begun it.
         attempts: How often it has failed.
         worker: Process id of the worker in which it has failed; None if in none.
@@ -118,6 +125,7 @@ class Job(JobFuture[Any]):
 
     # Nearly no job has its own.
     fast_lane: FastLane | None = None
+    keys: str | tuple[str, ...] | None = None
     deliveries = 0
     attempts = 0
     worker: int | None = None
@@ -471,6 +479,8 @@ class Job(JobFuture[Any]):
         if isinstance(error, (JobTimeoutError, OutcomeUnknownError)):
             where = "" if self.worker is None else f" in worker {self.worker}"
             log.warning("job %s%s: %s", self.label, where, error)
+        if isinstance(error, DBPoolError) and error.key is None:
+            error.key = self.keys
         try:
             if self.options.retries and self.attempts:
                 with suppress(AttributeError):  # a class with slots alone
@@ -551,6 +561,9 @@ def read(
                 if answer.kind is Kind.RESULT_UNKNOWN:
                     job._told_outcome = Outcome.UNKNOWN
                 results.append(loads_result(answer.parts))
+                continue
+            if isinstance(answer, Known):
+                results.append(answer.value)
                 continue
             error = answer
         except BaseException as exc:  # also a SystemExit must not end the thread

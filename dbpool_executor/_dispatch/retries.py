@@ -13,9 +13,8 @@ import time
 
 from .._wire.channel import Message
 from .._wire.exceptions import text_of_failure
-from ..errors import DBPoolError
 from . import pace
-from .job import Job
+from .job import Job, Told
 
 log = logging.getLogger("dbpool_executor")
 
@@ -25,13 +24,13 @@ class Repeats:
 
     def __init__(self) -> None:
         # A heap by the time on time.monotonic(); no two have the same number.
-        self._entries: list[tuple[float, int, Job, Message | DBPoolError]] = []
+        self._entries: list[tuple[float, int, Job, Told]] = []
         self._numbers = itertools.count()
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def add(self, job: Job, told: Message | DBPoolError) -> None:
+    def add(self, job: Job, told: Told) -> None:
         """Have a job wait, longer each time.
 
         Args:
@@ -65,7 +64,7 @@ class Repeats:
             return None
         return max(0.0, self._entries[0][0] - time.monotonic())
 
-    def give_up(self) -> list[tuple[Job, Message | DBPoolError]]:
+    def give_up(self) -> list[tuple[Job, Told]]:
         """Give all jobs with what they failed with, which is the last word now."""
         entries, self._entries = self._entries, []
         return [(job, told) for *_, job, told in entries]

@@ -21,6 +21,7 @@ class Stats(NamedTuple):
         retried: Repetitions of jobs.
         died: Workers that ended without being told to.
         replaced: Workers that were started in place of one that had ended.
+        stored: Calls that were not run, since the ledger had their results.
     """
 
     workers: int
@@ -32,3 +33,4 @@ class Stats(NamedTuple):
     retried: int
     died: int
     replaced: int
+    stored: int

@@ -9,7 +9,8 @@ from __future__ import annotations
 import signal
 from typing import NamedTuple
 
-from .._wire.exceptions import set_cause
+from .._wire.channel import Message
+from .._wire.exceptions import loads_exception, set_cause
 from .._wire.options import JobOptions
 from .._wire.phase import Phase, Progress
 from ..errors import (
@@ -131,6 +132,19 @@ def resolved_error(unknown: DBPoolError, outcome: Outcome) -> DBPoolError:
 def may_repeat(error: DBPoolError) -> bool:
     """Say whether a job that ends with its worker's death may be run again."""
     return isinstance(error, WorkerDiedError) and error.outcome is Outcome.ROLLED_BACK
+
+
+def rolled_back(unknown: Message | DBPoolError) -> BaseException:
+    """Give the error of a job of which it was not known, and is now, that it is undone.
+
+    Args:
+        unknown: What it would end with otherwise.
+    """
+    if isinstance(unknown, DBPoolError):
+        return resolved_error(unknown, Outcome.ROLLED_BACK)
+    error = loads_exception(unknown.parts)
+    # Behind it stands what ended the contact.
+    return error.__cause__ or error
 
 
 def never_sent_error(killed_for: str | None) -> WorkerDiedError:

@@ -47,6 +47,7 @@ class Kind(enum.IntEnum):
     # Worker to parent: the first job not yet answered returned; what it has committed by
     # itself is not known.
     RESULT_UNKNOWN = 10
+    SKIPPED = 11  # worker to parent: so many calls were found in the ledger
 
 
 _KINDS = {int(kind): kind for kind in Kind}

@@ -20,6 +20,7 @@ from ..errors import (
     DBPoolError,
     JobFailedError,
     Outcome,
+    OutcomeUnknownError,
     WorkerTraceback,
     fields_of,
 )
@@ -138,6 +139,13 @@ def _note_in_detail(error: StatementError, outcome: Outcome) -> None:
     detail: UserList[str] = UserList(error.detail)
     setattr(detail, OUTCOME_ATTRIBUTE, outcome.value)
     fields_of(error)["detail"] = detail
+
+
+def is_outcome_unknown(parts: Sequence[Buffer]) -> bool:
+    """Say whether what was pickled is that contact was lost during COMMIT."""
+    class_name, *_, outcome = pickle.loads(parts[0])
+    unknown = class_name == full_name(OutcomeUnknownError)
+    return unknown and outcome is Outcome.UNKNOWN
 
 
 def set_cause(exc: BaseException, cause: BaseException) -> None:

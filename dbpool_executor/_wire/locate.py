@@ -38,7 +38,8 @@ def name_of(fn: object, args: Sequence[object] = ()) -> str:
         if getattr(fn, "is_called_for_another", False) is True:
             return name_of(args[0])
         name = fn.__qualname__  # type: ignore[attr-defined]
-        module = fn.__module__
+        # As which spawned workers import the main module.
+        module = "__main__" if fn.__module__ == "__mp_main__" else fn.__module__
         if isinstance(name, str):
             return name if module in (None, "builtins") else f"{module}.{name}"
     except Exception:  # an attribute of the caller's own that raises

@@ -21,6 +21,7 @@ class JobOptions(NamedTuple):
     isolation_level: str | None = None
     read_only: bool = False
     resolve: bool = False
+    keyed: bool = False  # the keys ride beside the call
 
     def with_(self, **changes: Any) -> JobOptions:
         """Give these options with those changes that are not None.
@@ -57,6 +58,15 @@ class JobOptions(NamedTuple):
             self.isolation_level, str
         ):
             raise TypeError("isolation_level must be a string, such as 'SERIALIZABLE'")
+        if self.keyed and (
+            not self.commit
+            or self.read_only
+            or (self.isolation_level or "").upper() == "AUTOCOMMIT"
+        ):
+            raise ValueError(
+                "key= excludes commit=False, read_only=True and AUTOCOMMIT: the row of "
+                "the key is committed with the job's work, in one transaction"
+            )
         if not self.commit and (self.retries or self.resolve):
             raise ValueError(
                 "commit=False excludes retries and resolve: of a job that commits for "

@@ -6,6 +6,7 @@ Runs in a worker. :func:`main` is named by the parent and imported by the child.
 from __future__ import annotations
 
 import gc
+import pickle
 import signal
 import socket
 import sys
@@ -18,7 +19,7 @@ from multiprocessing import spawn
 from multiprocessing.reduction import ForkingPickler
 from multiprocessing.util import Finalize
 from types import FrameType, TracebackType
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from sqlalchemy import Engine
 
@@ -43,6 +44,9 @@ from .parent_watch import ParentWatch
 from .sessions import SessionOptions
 from .transaction import NO_KEYWORDS, Database, current_engine, here
 
+if TYPE_CHECKING:
+    from .._ledger.ledger import Ledger
+
 T = TypeVar("T")
 
 # To look up a member takes as long as to call a function (CPython 3.11).
@@ -62,6 +66,7 @@ class WorkerSetup(NamedTuple):
     max_workers: int
     log_levels: Levels | None  # None if log records stay in the worker
     resets_connections: bool = False
+    ledger: Ledger | None = None
 
 
 _Setup = tuple[WorkerSetup, MutableSequence[int], End]
@@ -159,6 +164,10 @@ def main(ends: Ends | None, sent: SentSetup, environment: Environment | None) ->
                 record,
                 resets_connections=setup.resets_connections,
             )
+            if setup.ledger is not None:
+                from .once import Once
+
+                database.once = Once(setup.ledger)
             databases.append(database)
             watch.database = database
             here.database = database
@@ -283,17 +292,24 @@ def _serve(
                 continue  # it was sent twice, see Offer
             due = first
             options = loads_options(bytes(parts[1]))
+            if options.keyed:
+                keys = iter(pickle.loads(parts[2]))
             runs: list[Run]
             runs = loads_calls(parts[0]) if kind is Kind.JOBS else [(None, [parts[0]])]
             is_group = len(runs) > 1 or len(runs[0][1]) > 1
             writer = answers if is_group else None
             for fn, calls in runs:
                 for number, call in enumerate(calls, due):
+                    if options.keyed:
+                        database.keys = next(keys)
                     # Begun before it is unpickled: that runs the caller's code too.
                     if not record.begin(number):
                         channel.send(Message(Kind.RETURNED, number=number))
                         continue
                     kind, answer = _run(database, fn, call, options)
+                    if database.once is not None and database.once.skipped:
+                        skipped, database.once.skipped = database.once.skipped, 0
+                        channel.send(Message(Kind.SKIPPED, number=skipped))
                     end = time.monotonic_ns()
                     is_given = (
                         writer is not None

@@ -11,7 +11,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.orm import Session, scoped_session
@@ -36,6 +36,8 @@ from ..errors import (
     DBPoolError,
     JobExitedError,
     JobTimeoutError,
+    KeyReusedError,
+    LedgerError,
     Outcome,
     OutcomeUnknownError,
     OutsideJobError,
@@ -52,6 +54,9 @@ from .sessions import SessionOptions, Sessions
 from .statement_cache import bound_statement_cache
 from .timeout import Alarm, JobInterrupt
 from .traits import traits_of
+
+if TYPE_CHECKING:
+    from .once import Once
 
 log = logging.getLogger("dbpool_executor")
 
@@ -151,6 +156,8 @@ class Database:
         is_committed: Whether what the last job that returned has written is known to be
             committed.
         was_interrupted: Whether a job was, since garbage was collected last.
+        once: Runs the jobs that have keys; None without a ledger.
+        keys: The key of the next job that has one, or those of a chunk's calls.
 
     Raises:
         TypeError: The factory returned something other than an Engine.
@@ -212,6 +219,8 @@ class Database:
         self._options = DEFAULTS  # of the running job, or the last one
         self._job_engine = engine  # with its options
         self._was_lent = False  # to the running job, by current_engine()
+        self.once: Once | None = None
+        self.keys: str | tuple[str, ...] = ()
         self.was_interrupted = False  # since garbage was collected
 
     def run(
@@ -344,7 +353,12 @@ class Database:
         if options.resolve and self.engine.dialect.name != "postgresql":
             raise ResolveNotSupportedError(self.engine.dialect.name)
         try:
-            result = fn(*args, **kwargs) if kwargs else fn(*args)
+            if options.keyed:
+                result = self._run_once(fn, args, kwargs)
+            else:
+                result = fn(*args, **kwargs) if kwargs else fn(*args)
+        except (LedgerError, KeyReusedError):
+            raise  # the function was not called
         except DBPoolError as exc:
             # Perhaps from a future of another executor: its job is not this one.
             exc.outcome = Outcome.ROLLED_BACK
@@ -381,6 +395,17 @@ class Database:
         if self._was_lent and not self._commits.has_begun:
             return False  # what a driver's own connection did was not seen
         return self._commits.committed_all
+
+    def _run_once(
+        self,
+        fn: Callable[..., object],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> object:
+        assert self.once is not None  # noqa: S101 - or the job would have no key
+        if self.session is None:
+            self.session = self.sessions.open()
+        return self.once.run(self.session, self.keys, fn, args, kwargs)
 
     def _commit(self, current: Session) -> None:
         noted = None

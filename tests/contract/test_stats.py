@@ -70,6 +70,7 @@ def test_stats_are_a_snapshot_that_cannot_be_changed(
         "retried",
         "died",
         "replaced",
+        "stored",
     )
     with pytest.raises(AttributeError):
         stats.done = 5  # type: ignore[misc]

@@ -33,17 +33,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_drivers": set(),
     "_forks": {"_drivers", "errors"},
     "_wire": {"_forks", "errors"},
+    "_ledger": {"errors"},
     # A worker.
-    "_worker": {"_drivers", "_forks", "_wire", "errors"},
+    "_worker": {"_drivers", "_forks", "_ledger", "_wire", "errors"},
     # The parent.
     "_launch": {"_drivers", "_forks", "_wire", "_worker", "errors"},
     "_dispatch": {"_forks", "_launch", "_wire", "_worker", "errors"},
-    "_api": {"_dispatch", "_launch", "_wire", "_worker", "errors"},
+    "_api": {"_dispatch", "_launch", "_ledger", "_wire", "_worker", "errors"},
     "testing": {
-        "_api", "_dispatch", "_drivers", "_forks", "_launch", "_wire", "_worker", "errors",
+        "_api", "_dispatch", "_drivers", "_forks", "_launch", "_ledger", "_wire", "_worker",
+        "errors",
     },
     # The front door, and what comes through it.
-    "__init__": {"_api", "_dispatch", "_forks", "_worker", "errors"},
+    "__init__": {"_api", "_dispatch", "_forks", "_ledger", "_worker", "errors"},
     "_tools": {"__init__", "_api", "_drivers", "_worker"},
     "__main__": {"__init__", "_tools"},
 }  # fmt: skip
@@ -171,6 +173,7 @@ def test_what_runs_in_a_worker_imports_nothing_of_the_parents(module: str) -> No
     [
         ("_worker", "a worker"),
         ("_wire", "both processes"),
+        ("_ledger", "both processes"),
         ("_drivers", "every process"),
         ("_forks", "every process"),
         ("_launch", "the parent"),

@@ -22,7 +22,10 @@ from dbpool_executor.errors import (
     JobExitedError,
     JobFailedError,
     JobTimeoutError,
+    KeyReusedError,
+    LedgerError,
     NotPlainError,
+    NotStorableError,
     OpenConnectionsError,
     Outcome,
     OutcomeUnknownError,
@@ -39,6 +42,9 @@ from dbpool_executor.errors import (
 URL = "Engine(postgresql+psycopg://shop:***@db.example/shop)"
 
 SAMPLES: list[DBPoolError] = [
+    KeyReusedError("a", "shop.charge", "shop.refund"),
+    LedgerError("the table is missing; make it by ledger.create(engine)"),
+    NotStorableError("result[0]", bytes, "return a string"),
     NotPlainError(
         "result['rows'][3]",
         "shop.models.Order",
