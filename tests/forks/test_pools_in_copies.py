@@ -37,6 +37,10 @@ def address(database: Database, driver: str | None = None) -> str:
     if driver is not None:
         # What one driver takes in a URL another does not.
         url = url.set(drivername=f"{url.get_backend_name()}+{driver}", query={})
+        try:
+            url.get_dialect().import_dbapi()
+        except ImportError as exc:
+            pytest.skip(f"{driver} is not installed: {exc}")
     return url.render_as_string(hide_password=False)
 
 
