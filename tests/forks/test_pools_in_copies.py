@@ -35,8 +35,13 @@ def address(database: Database, driver: str | None = None) -> str:
     """Give the URL of a database as a program takes it, with one driver."""
     url = database.url
     if driver is not None:
-        # What one driver takes in a URL another does not.
-        url = url.set(drivername=f"{url.get_backend_name()}+{driver}", query={})
+        # What one driver takes in a URL another does not, but where a socket is.
+        where = {
+            name: url.query[name] for name in ("host", "port") if name in url.query
+        }
+        url = url.set(drivername=f"{url.get_backend_name()}+{driver}", query=where)
+        if driver == "pg8000":
+            url = servers.on_server("postgresql-pg8000", url).url
         try:
             url.get_dialect().import_dbapi()
         except ImportError as exc:
