@@ -20,7 +20,7 @@ import signal
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Executor
+from concurrent.futures import CancelledError, Executor
 from functools import partial
 from multiprocessing.context import BaseContext
 from types import TracebackType
@@ -410,22 +410,25 @@ class DBPoolExecutor(_JobExecutor):
     ) -> None:
         if exc_type is not None and self._dispatcher.is_copy():
             return  # what ends the copy says more than that it is one
-        if exc_type is not None and issubclass(exc_type, KeyboardInterrupt):
-            self._interrupt()
+        if exc_type is not None and _is_forced(exc_type):
+            self._interrupt(exc_type)
             return
         try:
             self.shutdown(wait=True)
-        except KeyboardInterrupt:
-            self._interrupt()
+        except BaseException as exc:
+            if _is_forced(type(exc)):
+                self._interrupt(type(exc))
             raise
 
-    def _interrupt(self) -> None:
+    def _interrupt(self, by: type[BaseException]) -> None:
         """Cancel what waits, give running transactions a while to end, then kill."""
         try:
             self._dispatcher.shutdown(cancel=True)
             self._dispatcher.join(INTERRUPT_GRACE)
         finally:  # also at a second Ctrl-C, which may come at any of these steps
-            why = "the program was interrupted (Ctrl-C)"
+            why = f"the with block was left by {by.__name__}"
+            if issubclass(by, KeyboardInterrupt):
+                why = "the program was interrupted (Ctrl-C)"
             self._dispatcher.stop_workers(KILL, why)
             self._dispatcher.join()
 
@@ -436,6 +439,12 @@ class DBPoolExecutor(_JobExecutor):
             f"max_workers={self._max_workers}, "
             f"{', '.join(f'{name}={count}' for name, count in counts if count)}>"
         ).replace(", >", ">")
+
+
+def _is_forced(cls: type[BaseException]) -> bool:
+    """Say whether an exception means that the program is not to wait for its jobs."""
+    # Those of asyncio are no Exceptions; those of concurrent.futures are.
+    return not issubclass(cls, Exception) or issubclass(cls, CancelledError)
 
 
 def _submit(

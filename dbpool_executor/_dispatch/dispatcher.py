@@ -6,7 +6,6 @@ it sends the jobs that wait to idle workers, and settles the futures of those an
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import selectors
@@ -36,6 +35,7 @@ from . import pace, verdict
 from .fast_lane import Offers
 from .flag import Flag
 from .fleet import Ending, Worker, Workers
+from .guarded_log import log
 from .interpreter_exit import at_exit
 from .job import Job, Known, Told, end_unasked, read
 from .retries import Repeats
@@ -51,8 +51,6 @@ _LONG_PICKLE = 1 << 20  # bytes, which may be hundreds of thousands of objects
 _SETTLED_BY_LEDGER = (Outcome.UNKNOWN, Outcome.COMMITTED)
 # It waits for the transaction of the lost job, but not for ever.
 _ASKS_LEDGER = DEFAULTS.with_(timeout=10.0, kill_after=1.0, retries=20)
-
-log = logging.getLogger("dbpool_executor")
 
 
 class Dispatcher:
@@ -373,8 +371,8 @@ class Dispatcher:
                 self._act()
                 self._wait()
         except BaseException:
-            log.critical("the dispatcher failed, its jobs are lost", exc_info=True)
             self._abandon()
+            log.critical("the dispatcher failed, its jobs are lost", exc_info=True)
         finally:
             try:
                 self._free()
@@ -477,20 +475,52 @@ class Dispatcher:
                 # that waits for it leaves this thread a processor.
                 self._postponed.add(worker)
                 continue
-            if key.fileobj is worker.body.answers:
-                self._receive_answers(worker)
+            try:
+                self._look_at(worker, key, mask)
+            except BaseException as exc:
+                self._lose(worker, exc)
                 continue
-            if key.fileobj is worker.body.end:
-                # What it has sent is there. A process that it forked may hold its ends,
-                # and theirs would not come for as long.
-                worker.body.channel.is_final = True
-            if mask & selectors.EVENT_WRITE:
-                workers.watch(worker, sent=worker.body.channel.flush())
-            if mask & selectors.EVENT_READ:
-                self._receive(worker)
-                if self._told and _may_take_long(self._told[-1]):
-                    is_long_told = True
+            if self._told and _may_take_long(self._told[-1]):
+                is_long_told = True
         workers.kill_overdue(self._postponed)
+
+    def _look_at(self, worker: Worker, key: selectors.SelectorKey, mask: int) -> None:
+        if key.fileobj is worker.body.answers:
+            self._receive_answers(worker)
+            return
+        if key.fileobj is worker.body.end:
+            # What it has sent is there. A process that it forked may hold its ends,
+            # and theirs would not come for as long.
+            worker.body.channel.is_final = True
+        if mask & selectors.EVENT_WRITE:
+            self._workers.watch(worker, sent=worker.body.channel.flush())
+        if mask & selectors.EVENT_READ:
+            self._receive(worker)
+
+    def _lose(self, worker: Worker, exc: BaseException) -> None:
+        """End a worker whose answers cannot be read, such as for want of memory."""
+        if worker.body.number not in self._workers.all:
+            self._end_unjudged(worker, exc)
+            return
+        why = f"reading its answer raised {type(exc).__name__}: {exc}"
+        log.warning("the executor kills worker %s: %s", worker.body.pid, why)
+        worker.killed_for = worker.killed_for or why
+        try:
+            worker.body.kill()
+            self._note_ending(self._workers.bury(worker))
+        except BaseException as another:
+            self._end_unjudged(worker, another)
+
+    def _end_unjudged(self, worker: Worker, exc: BaseException) -> None:
+        """End the jobs of a worker that is buried without a verdict on them."""
+        for end in (worker.body.channel, worker.body.answers):
+            with suppress(BaseException):
+                end.close()
+        known = {*self._told_jobs, *self._waiting}
+        for job in worker.sent:
+            if job not in known:
+                text = f"the executor could not judge its worker: {exc!r}"
+                self._end(job, OutcomeUnknownError(text))
 
     def _withdraw(self) -> tuple[Worker, list[Message]] | None:
         """Take back what was offered.
@@ -575,7 +605,9 @@ class Dispatcher:
                 else:
                     self._end(job, message)
             elif kind is Kind.LOG:
-                handle_record(message.parts[0])
+                # A filter may raise, and then it is no fault of the job.
+                with suppress(BaseException):
+                    handle_record(message.parts[0])
             elif kind is Kind.RETURNED:
                 # If it is not that job, the job was taken off the worker's list before.
                 if worker.sent and worker.sent[0].number == number:
@@ -597,6 +629,8 @@ class Dispatcher:
 
     def _note_ending(self, ending: Ending) -> None:
         self._waiting.extendleft(reversed(ending.again))
+        for unread, lost in ending.unread:
+            self._end(unread, lost)
         job, error = ending.job, ending.error
         if job is None or error is None:
             return
@@ -671,7 +705,10 @@ class Dispatcher:
             return
         jobs, self._told_jobs = self._told_jobs, []
         told, self._told = self._told, []
-        results, errors = read(jobs, told)
+        try:
+            results, errors = read(jobs, told)
+        except BaseException:
+            results, errors = _read_each(jobs, told)
         self._failed += len(errors)
         self._done += len(results) - len(errors)
         # Whoever is woken wants the interpreter: last, when all else is done.
@@ -711,21 +748,52 @@ class Dispatcher:
         self._is_open = False
         self._has_ended = True  # who sees it asks for the reason, and finds it
         self._killed_for = "its own thread failed, see the log"
-        self._withdraw()
-        self._drop_waiting()
-        for worker in self._workers.all.values():
-            worker.body.kill()
-            worker.body.bury()
-            for job in worker.sent:
-                error = OutcomeUnknownError("the executor's own thread failed")
-                self._tell(job, error)
+        for step in (self._withdraw, self._drop_waiting):
+            with suppress(BaseException):
+                step()
+        for worker in list(self._workers.all.values()):
+            self._abandon_worker(worker)
+        with suppress(BaseException):
+            self._drop_waiting()  # what those had not begun
         self._settle()
+
+    def _abandon_worker(self, worker: Worker) -> None:
+        worker.killed_for = worker.killed_for or self._killed_for
+        try:
+            worker.body.kill()
+            ending = self._workers.bury(worker)
+            self._waiting.extendleft(reversed(ending.again))
+            for job, error in ending.unread:
+                self._end(job, error)
+            if ending.job is not None and ending.error is not None:
+                self._end(ending.job, ending.error)
+        except BaseException as exc:
+            self._end_unjudged(worker, exc)
 
     def _free(self) -> None:
         self._offers.close()
         self._selector.close()
         self._bell.close()
         self._ear.close()
+
+
+def _read_each(
+    jobs: list[Job], told: list[Told]
+) -> tuple[list[object], dict[Job, BaseException]]:
+    """Read what jobs end by, where one of the answers cannot be read."""
+    results: list[object] = []
+    errors: dict[Job, BaseException] = {}
+    for job, answer in zip(jobs, told, strict=True):
+        try:
+            result, error = read([job], [answer])
+        except BaseException as exc:
+            # Of a failure too: what it says of the transaction is a part of it.
+            lost = OutcomeUnknownError(f"reading its answer raised {exc!r}")
+            result, error = [None], {job: job.told(lost, lost.outcome)}
+            job.close_fast_path()
+        results += result
+        errors |= error
+    return results, errors
 
 
 def _may_take_long(told: Told) -> bool:

@@ -6,26 +6,25 @@ Runs in the parent, in the dispatcher's thread.
 from __future__ import annotations
 
 import enum
-import logging
 import math
 import selectors
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from .._launch.handle import KILL, WorkerHandle
+from .._launch.handle import KILL, HasFileno, WorkerHandle
 from .._wire.calls import Buffer
 from .._wire.exceptions import dumps_exception, loads_exception, set_cause
 from .._wire.phase import RECALL_DELAY, Phase, Transaction
-from ..errors import DBPoolError, Outcome, WorkerStartError
+from ..errors import DBPoolError, Outcome, OutcomeUnknownError, WorkerStartError
 from . import pace, verdict
 from .batches import messages_for, next_jobs
 from .fast_lane import Offer
+from .guarded_log import log
 from .job import Job
-
-log = logging.getLogger("dbpool_executor")
 
 _LATE = 0.2  # seconds by which this process is not late, unless it was stopped
 _SPARED = 1.0  # seconds more for an answer that may be on its way
@@ -65,12 +64,14 @@ class Ending(NamedTuple):
         job: The one that ended with it, if any.
         error: What that job ended with.
         transaction: The one that it was about to commit, if it has noted it.
+        unread: Those before it, whose answers could not be read, with their errors.
     """
 
     again: list[Job]
     job: Job | None = None
     error: DBPoolError | None = None
     transaction: Transaction = Transaction()
+    unread: Sequence[tuple[Job, DBPoolError]] = ()
 
 
 class Recall(NamedTuple):
@@ -173,23 +174,37 @@ class Workers:
 
     def start_one(self) -> None:
         """Start a worker; a failure to do so counts as a failed start."""
+        body: WorkerHandle | None = None
         try:
             body = self._start()
-        except Exception as exc:
+            self._watch_new(worker := Worker(body))
+        except BaseException as exc:
             log.warning("a worker could not be started", exc_info=True)
+            if body is not None:
+                body.kill()
+                body.bury()
             text = f"{type(exc).__name__}: {exc}"
             self._note_failed_start(text, dumps_exception(exc))
             return
         if self._ended > self.replaced:
             self.replaced += 1
             log.info("worker %s replaces one that has ended", body.pid)
-        worker = self.all[body.number] = Worker(body)
+        self.all[body.number] = worker
         self._starting += 1
-        self._selector.register(body.channel, selectors.EVENT_READ, worker)
-        self._selector.register(body.answers, selectors.EVENT_READ, worker)
-        if body.end is not None:
-            self._selector.register(body.end, selectors.EVENT_READ, worker)
         log.debug("worker %s was started", body.pid)
+
+    def _watch_new(self, worker: Worker) -> None:
+        registered: list[HasFileno] = []
+        body = worker.body
+        try:
+            for end in (body.channel, body.answers, body.end):
+                if end is not None:
+                    self._selector.register(end, selectors.EVENT_READ, worker)
+                    registered.append(end)
+        except BaseException:
+            for end in registered:
+                self._selector.unregister(end)
+            raise
 
     def take_note(self, text: str) -> None:
         """Log what a worker has to say, once for all workers."""
@@ -303,8 +318,15 @@ class Workers:
         worker.sent += jobs
         size = pace.group_size(self._seconds_per_job)
         groups = [jobs[first : first + size] for first in range(0, len(jobs), size)]
-        messages = [m for group in groups for m in messages_for(group, group[0].number)]
-        self.watch(worker, sent=worker.body.channel.send(*messages))
+        try:
+            messages = [m for g in groups for m in messages_for(g, g[0].number)]
+            self.watch(worker, sent=worker.body.channel.send(*messages))
+        except BaseException as exc:
+            # What it has not begun goes to another, once its channel has ended.
+            worker.killed_for = f"sending it a job raised {exc!r}"
+            worker.is_stopping = True
+            worker.body.kill()
+            return
         if len(worker.sent) > 1 and self._next_look == math.inf:
             self._next_look = time.monotonic() + pace.PATIENCE
         if worker.answered + len(worker.sent) == self._max_jobs:
@@ -511,10 +533,11 @@ class Workers:
 
     def bury(self, worker: Worker) -> Ending:
         """Judge a worker whose channel has ended, and free what is left of it."""
-        self._selector.unregister(worker.body.channel)
-        self._selector.unregister(worker.body.answers)
-        if worker.body.end is not None:
-            self._selector.unregister(worker.body.end)
+        body = worker.body
+        for end in (body.channel, body.answers, body.end):
+            if end is not None:
+                with suppress(Exception):  # it is closed below, and forgotten with that
+                    self._selector.unregister(end)
         del self.all[worker.body.number]
         self._short.pop(worker, None)
         self._kill_at.pop(worker, None)
@@ -537,12 +560,19 @@ class Workers:
                 if worker in self.idle:
                     self.idle.remove(worker)
                 log.info("%s while it was idle", death)
+        progress = worker.body.progress()
+        unread: list[tuple[Job, DBPoolError]] = []
+        while worker.sent and worker.sent[0].number < progress.begun:
+            # Only if reading them has failed.
+            text = f"its answer was lost: {worker.killed_for or death}"
+            unread.append((worker.sent.pop(0), OutcomeUnknownError(text)))
+            unread[-1][0].worker = pid
         if not worker.sent:
-            return Ending([])
+            return Ending([], unread=unread)
         job, *others = worker.sent
         options = job.options
         outcome = verdict.outcome_at_end(
-            job.number, worker.body.progress(), read_only=options.read_only
+            job.number, progress, read_only=options.read_only
         )
         job.worker = pid
         is_begun = outcome is not Outcome.NEVER_STARTED
@@ -551,7 +581,7 @@ class Workers:
         if not is_begun:
             job.deliveries += 1
             if job.deliveries < pace.DELIVERY_ATTEMPTS:
-                return Ending([job, *others])
+                return Ending([job, *others], unread=unread)
         limit = options.timeout if worker.is_overdue else None
         error = verdict.error_at_end(death, outcome, timeout=limit)
-        return Ending(others, job, error, worker.body.transaction())
+        return Ending(others, job, error, worker.body.transaction(), unread)

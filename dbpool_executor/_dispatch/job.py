@@ -5,7 +5,6 @@ Runs in the parent.
 
 from __future__ import annotations
 
-import logging
 import pickle
 import traceback
 from _thread import get_ident
@@ -37,10 +36,8 @@ from ..errors import (
 )
 from .asked import Asked, Condition, Waiters
 from .future import JobFuture
+from .guarded_log import GuardedLog, log
 from .verdict import lost_result_error
-
-log = logging.getLogger("dbpool_executor")
-
 
 # Nothing is called inside where a handler of a signal could run: it might wait for a job.
 # And no exception of one can come between it and the block that lets go of it, as with a
@@ -314,7 +311,7 @@ class Job(JobFuture[Any]):
         try:
             fn(self)
         except Exception:
-            LOGGER.exception("exception calling callback for %r", self)
+            GuardedLog(LOGGER).exception("exception calling callback for %r", self)
 
     @property
     def outcome(self) -> Outcome | None:

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import logging
 import random
 import time
 
 from .._wire.channel import Message
 from .._wire.exceptions import text_of_failure
 from . import pace
+from .guarded_log import log
 from .job import Job, Told
-
-log = logging.getLogger("dbpool_executor")
 
 
 class Repeats:
@@ -38,6 +36,8 @@ class Repeats:
             told: What it failed with last.
         """
         delay = pace.delay_before_repeat(job.attempts, random.random())  # noqa: S311
+        entry = (time.monotonic() + delay, next(self._numbers), job, told)
+        heapq.heappush(self._entries, entry)
         log.info(
             "job %s in worker %s failed at attempt %d of %d, again in %.2f s: %s",
             job.label,
@@ -47,8 +47,6 @@ class Repeats:
             delay,
             text_of_failure(told.parts) if isinstance(told, Message) else told,
         )
-        entry = (time.monotonic() + delay, next(self._numbers), job, told)
-        heapq.heappush(self._entries, entry)
 
     def due(self) -> list[Job]:
         """Give the jobs whose time has come; they wait here no more."""
