@@ -48,7 +48,6 @@ PLACES = [
     (Channel, "receive"),
     (Channel, "send"),
     (AnswerReader, "read"),
-    (AnswerReader, "take"),
     (LocalWorker, "__init__"),
     (LocalWorker, "bury"),
     (LocalWorker, "progress"),
