@@ -16,6 +16,7 @@ from _thread import start_new_thread
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from typing import Any
 
@@ -48,6 +49,8 @@ _WAY_EVERY = 5e-4  # seconds, at most, to a thread that is late
 _NOTICE_SECONDS = 0.2  # after which an end of the thread is noticed
 _LONG_PICKLE = 1 << 20  # bytes, which may be hundreds of thousands of objects
 
+_FAILED_LOOKS = 100  # in a row, after which the thread gives up
+_AFTER_FAILED_LOOK = 0.01  # seconds
 _SETTLED_BY_LEDGER = (Outcome.UNKNOWN, Outcome.COMMITTED)
 # It waits for the transaction of the lost job, but not for ever.
 _ASKS_LEDGER = DEFAULTS.with_(timeout=10.0, kill_after=1.0, retries=20)
@@ -111,6 +114,8 @@ class Dispatcher:
         # While it sleeps: what callers may do without it.
         self._offers = Offers(self._lock, self._selector, self._wake)
         self._workers = Workers(start_worker, max_workers, max_jobs, self._selector)
+        self._failed_looks = 0  # of the selector, in a row
+        self._fault: BaseException | None = None  # that has ended the thread
         self._postponed: set[Worker] = set()  # whose answers another's made wait
         self._told_jobs: list[Job] = []  # to be settled
         self._told: list[Told] = []  # what each of them ends by
@@ -207,6 +212,11 @@ class Dispatcher:
         """Raise as :meth:`add` would in the process that made the executor."""
         if self._workers.failure is not None:
             raise self._workers.failure.error()
+        if self._fault is not None:
+            raise BrokenProcessPool(
+                f"the executor's own thread failed with {self._fault!r}; make a new "
+                "executor, and report what the log has of it"
+            )
         if self._closing:
             raise RuntimeError("cannot schedule new futures after shutdown")
         if at_exit.has_begun:
@@ -304,7 +314,7 @@ class Dispatcher:
         """Say in a word what state it is in."""
         if self.is_copy():
             return "copied"
-        if self._workers.failure is not None:
+        if self._workers.failure is not None or self._fault is not None:
             return "broken"
         return "shut down" if self._closing else "open"
 
@@ -370,7 +380,8 @@ class Dispatcher:
             while not self._is_over():
                 self._act()
                 self._wait()
-        except BaseException:
+        except BaseException as exc:
+            self._fault = exc
             self._abandon()
             log.critical("the dispatcher failed, its jobs are lost", exc_info=True)
         finally:
@@ -447,7 +458,7 @@ class Dispatcher:
             self._due = time.monotonic() + self._until_due
         if nap:
             time.sleep(nap)
-        events = self._selector.select(0.0 if self._told else timeout)
+        events = self._select(0.0 if self._told else timeout)
         if self._postponed:
             # Else the worker that answers fastest would always be the first.
             events.sort(key=lambda event: event[0].data not in self._postponed)
@@ -483,6 +494,19 @@ class Dispatcher:
             if self._told and _may_take_long(self._told[-1]):
                 is_long_told = True
         workers.kill_overdue(self._postponed)
+
+    def _select(self, timeout: float | None) -> list[tuple[selectors.SelectorKey, int]]:
+        try:
+            events = self._selector.select(timeout)
+        except Exception:
+            # For want of memory, say: what is there to be read is there at the next look.
+            self._failed_looks += 1
+            if self._failed_looks > _FAILED_LOOKS:
+                raise
+            time.sleep(_AFTER_FAILED_LOOK)
+            return []
+        self._failed_looks = 0
+        return events
 
     def _look_at(self, worker: Worker, key: selectors.SelectorKey, mask: int) -> None:
         if key.fileobj is worker.body.answers:

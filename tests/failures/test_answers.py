@@ -196,7 +196,7 @@ def test_answers_of_all_kinds_come_to_their_jobs(
     for number, future in enumerate(futures):
         length = lengths[number * number % 13 % 8]
         if length is None:
-            with pytest.raises(LookupError, match=f"^job {number}$"):
+            with pytest.raises(LookupError, match=rf"(?m)^job {number}$"):
                 future.result(LONGEST)
         else:
             assert future.result(LONGEST) == (number, bytes(length))
