@@ -20,7 +20,12 @@ from sqlalchemy import URL, Connection, Engine, event
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from ._api.arguments import check_ledger, check_pickles, factory_of
+from ._api.arguments import (
+    check_ledger,
+    check_pickles,
+    check_start_limits,
+    factory_of,
+)
 from ._api.executor import DBPoolExecutor
 from ._dispatch.dispatcher import _FAILURE_PARTS, Dispatcher
 from ._dispatch.job import Job, read
@@ -84,6 +89,8 @@ class InlineExecutor(DBPoolExecutor):
         forward_logs: Ignored; jobs log in this process.
         reset_connections: Ignored; the connections may be the test's own.
         ledger: Where the keys of jobs are kept; its table must be there.
+        start_timeout: Ignored, once it is checked.
+        connect_patience: Ignored, once it is checked.
         timeout: Ignored, once it is checked.
         retries: Default for the jobs' ``retries``, see :meth:`options`.
 
@@ -110,9 +117,12 @@ class InlineExecutor(DBPoolExecutor):
         forward_logs: bool = False,  # noqa: ARG002
         reset_connections: bool = False,  # noqa: ARG002
         ledger: Ledger | None = None,
+        start_timeout: float | None = 60.0,
+        connect_patience: float = 300.0,
         timeout: float | None = None,
         retries: int = 0,
     ) -> None:
+        check_start_limits(start_timeout, connect_patience)
         is_ours = isinstance(engine_factory, (str, URL))
         if isinstance(engine_factory, (str, URL)) or not callable(engine_factory):
             engine_factory = factory_of(engine_factory)
@@ -206,12 +216,14 @@ class _InlineDispatcher(Dispatcher):
             super().shutdown(cancel=cancel, spare=spare)
 
     def _start(self) -> None:
-        while self._database is None and self._workers.failure is None:
+        starts = self._workers.starts
+        while self._database is None and starts.failure is None:
             try:
                 self._database = self._made_database()
             except (Exception, SystemExit) as exc:
                 text = f"{type(exc).__name__}: {exc}"
-                self._workers._note_failed_start(text, dumps_exception(exc))
+                parts = dumps_exception(exc)
+                starts.note_failure(text, parts, may_pass=False, able=0)
 
     def _made_database(self) -> _InlineDatabase:
         database = self._make_database()

@@ -5,6 +5,7 @@ Runs in the parent.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ from typing import Any, cast
 
 from sqlalchemy import URL, Engine, create_engine, make_url
 
+from .._dispatch.starts import StartLimits
 from .._ledger.ledger import Ledger
 from .._wire.calls import pack_call
 from .._wire.locate import asyncio_classes, full_name, innermost
@@ -227,6 +229,30 @@ def check_count(name: str, value: object) -> int:
     if value < 1:
         raise ValueError(f"{name} must be greater than 0, not {value}")
     return value
+
+
+def check_start_limits(start_timeout: object, connect_patience: object) -> StartLimits:
+    """Refuse what are no numbers of seconds.
+
+    Raises:
+        TypeError: One is no number.
+        ValueError: One is infinite or below 0, or ``start_timeout`` is 0.
+    """
+    for name, value in (
+        ("start_timeout", start_timeout),
+        ("connect_patience", connect_patience),
+    ):
+        if value is None and name == "start_timeout":
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number of seconds, not {value!r}")
+        if not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be a number of seconds, not {value!r}")
+    if start_timeout == 0:
+        raise ValueError("start_timeout must be more than 0; None is for no bound")
+    return StartLimits(
+        cast("float | None", start_timeout), cast("float", connect_patience)
+    )
 
 
 def default_max_workers() -> int:

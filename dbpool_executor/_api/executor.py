@@ -51,6 +51,7 @@ from .arguments import (
     check_pickles,
     check_reachable,
     check_session_options,
+    check_start_limits,
     default_context,
     default_max_workers,
     factory_of,
@@ -303,6 +304,14 @@ class DBPoolExecutor(_JobExecutor):
             closed, and the next job opens one.
         ledger: Where the keys of jobs are kept, see ``options(key=...)``; its table must
             be there. None if no job has one.
+        start_timeout: Seconds for each stage of a worker's start, which are its imports,
+            the engine factory and the initializer; 60 by default, None for no bound.
+            After them the worker is killed, and has failed to start.
+        connect_patience: Seconds for which starts that fail are tried again, and jobs
+            wait, while the reason is one that may pass, such as a database that is down
+            or restarts; 300 by default. A driver may not tell it from a wrong password.
+            For any other reason three failures in a row break the executor, as they do
+            for all with 0; but not while it has a worker that is ready.
         timeout: Default for the jobs' ``timeout``, see :meth:`options`.
         retries: Default for the jobs' ``retries``, see :meth:`options`.
 
@@ -332,6 +341,8 @@ class DBPoolExecutor(_JobExecutor):
         forward_logs: bool = False,
         reset_connections: bool = False,
         ledger: Ledger | None = None,
+        start_timeout: float | None = 60.0,
+        connect_patience: float = 300.0,
         timeout: float | None = None,
         retries: int = 0,
     ) -> None:
@@ -378,6 +389,7 @@ class DBPoolExecutor(_JobExecutor):
             max_workers,
             max_tasks_per_child,
             forks=forks,
+            limits=check_start_limits(start_timeout, connect_patience),
         )
         # Not __del__: the dispatcher outlives a forgotten executor until its jobs are
         # done, and knows nothing of it.
@@ -389,7 +401,8 @@ class DBPoolExecutor(_JobExecutor):
         Args:
             wait: Whether to return only when every worker has ended.
             cancel_futures: Whether to cancel the jobs that have not started. Those that
-                wait only for the start of their worker count as started.
+                wait only for the start of their worker count as started, for as long as
+                that takes no more than five seconds from now.
         """
         self._dispatcher.shutdown(cancel=cancel_futures, spare=True)
         if wait:

@@ -24,7 +24,7 @@ from .._forks import process_id
 from .._forks.ends import make_ends
 from .._launch.handle import WorkerHandle
 from .._wire.calls import Call, Label, Name, pack_call
-from .._wire.channel import Kind, Message
+from .._wire.channel import Kind, Message, Stage
 from .._wire.exceptions import is_outcome_unknown
 from .._wire.logs import handle_record
 from .._wire.options import DEFAULTS, JobOptions
@@ -40,6 +40,7 @@ from .guarded_log import log
 from .interpreter_exit import at_exit
 from .job import Job, Known, Told, end_unasked, read
 from .retries import Repeats
+from .starts import DEFAULT_LIMITS, StartLimits
 from .stats import Stats
 from .verdict import may_repeat, never_sent_error, resolved_error
 
@@ -66,6 +67,7 @@ class Dispatcher:
         max_jobs: Jobs after which a worker is replaced; None for no bound.
         forks: Whether to start all workers at the first job, before there is a thread
             of ours that could hold a lock which a forked worker would inherit.
+        limits: How long starts of workers may take.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Dispatcher:
         max_jobs: int | None,
         *,
         forks: bool,
+        limits: StartLimits = DEFAULT_LIMITS,
     ) -> None:
         self._prepare = prepare
         self._at_once = max_workers if forks else 0
@@ -113,12 +116,15 @@ class Dispatcher:
         self._selector.register(self._ear, selectors.EVENT_READ)
         # While it sleeps: what callers may do without it.
         self._offers = Offers(self._lock, self._selector, self._wake)
-        self._workers = Workers(start_worker, max_workers, max_jobs, self._selector)
+        self._workers = Workers(
+            start_worker, max_workers, max_jobs, self._selector, limits
+        )
         self._failed_looks = 0  # of the selector, in a row
         self._fault: BaseException | None = None  # that has ended the thread
         self._postponed: set[Worker] = set()  # whose answers another's made wait
         self._told_jobs: list[Job] = []  # to be settled
         self._told: list[Told] = []  # what each of them ends by
+        self._spared: set[Job] = set()  # not to be cancelled with those that wait
         self._repeats = Repeats()
         # Why all workers were killed: no job will be sent again.
         self._killed_for: str | None = None
@@ -411,6 +417,9 @@ class Dispatcher:
             stop, self._stop_signal = self._stop_signal, None
             self._killed_for = self._killed_for or stop[1]
             workers.stop_all(*stop)
+        if self._cancelling:
+            workers.hurry()
+            self._killed_for = self._killed_for or workers.starts.gave_up
         if self._repeats:
             self._waiting += self._repeats.due()
         if workers.failure is not None:
@@ -570,7 +579,7 @@ class Dispatcher:
         waiting = len(self._waiting)
         if waiting and (workers.idle or workers.failure or workers.starts_due(waiting)):
             return 0.0
-        if self._is_ending() and not (workers.all or self._repeats):
+        if self._is_ending() and not (waiting or workers.all or self._repeats):
             return 0.0
         wanted = waiting + len(self._awaited)
         times = workers.seconds_to_deadline(wanted), self._repeats.seconds_until_due()
@@ -642,8 +651,13 @@ class Dispatcher:
                 self._skipped += number
             elif kind is Kind.NOTE:
                 self._workers.take_note(bytes(message.parts[0]).decode())
-            elif kind is Kind.START_FAILURE:
-                worker.start_failure = message.parts
+            elif kind is Kind.STAGE:
+                self._workers.note_stage(worker, Stage(number))
+            elif kind is Kind.START_FAILURE or kind is Kind.PASSING_START_FAILURE:
+                may_pass = kind is Kind.PASSING_START_FAILURE
+                self._workers.note_start_failure(
+                    worker, message.parts, may_pass=may_pass
+                )
             if worker.body.answers.count:
                 more, longer = self._take_answers(worker)
                 answered += more
@@ -740,11 +754,12 @@ class Dispatcher:
             job.end(result, errors.get(job))
 
     def _spare(self, count: int) -> None:
-        """Let the first jobs not be cancelled any more."""
+        """Let the first jobs wait on for the workers that start."""
         for job in self._waiting.copy():  # one that came late may be appended
-            if not count:
+            if len(self._spared) >= count:
                 break
-            count -= job.take()
+            if not job.cancelled():
+                self._spared.add(job)
 
     def _drop_waiting(self) -> None:
         """Cancel what waits, or fail it where it cannot be cancelled any more."""
@@ -758,6 +773,8 @@ class Dispatcher:
             if failure is not None:
                 if job.take():
                     self._tell(job, failure.error())
+            elif self._killed_for is None and job in self._spared:
+                kept.append(job)
             elif job.drop():
                 pass
             elif self._killed_for is not None:
@@ -795,6 +812,7 @@ class Dispatcher:
             self._end_unjudged(worker, exc)
 
     def _free(self) -> None:
+        self._spared.clear()
         self._offers.close()
         self._selector.close()
         self._bell.close()

@@ -17,35 +17,19 @@ from typing import NamedTuple
 
 from .._launch.handle import KILL, HasFileno, WorkerHandle
 from .._wire.calls import Buffer
-from .._wire.exceptions import dumps_exception, loads_exception, set_cause
+from .._wire.channel import Stage
+from .._wire.exceptions import dumps_exception, loads_exception
 from .._wire.phase import RECALL_DELAY, Phase, Transaction
-from ..errors import DBPoolError, Outcome, OutcomeUnknownError, WorkerStartError
+from ..errors import DBPoolError, Outcome, OutcomeUnknownError
 from . import pace, verdict
 from .batches import messages_for, next_jobs
 from .fast_lane import Offer
 from .guarded_log import log
 from .job import Job
+from .starts import DEFAULT_LIMITS, LEAVE_GRACE, Failure, StartLimits, Starts
 
 _LATE = 0.2  # seconds by which this process is not late, unless it was stopped
 _SPARED = 1.0  # seconds more for an answer that may be on its way
-
-LEAVE_GRACE = 5.0
-"""Seconds for a worker that has only to leave to dispose its engine and end."""
-
-
-class Failure(NamedTuple):
-    """Why workers cannot start: in words, and as an exception to be rebuilt."""
-
-    text: str
-    attempts: int
-    parts: Sequence[Buffer] | None
-
-    def error(self) -> WorkerStartError:
-        """Make an error object, so that each future has its own."""
-        error = WorkerStartError(self.text, self.attempts)
-        if self.parts is not None:
-            set_cause(error, loads_exception(self.parts))
-        return error
 
 
 class State(enum.Enum):
@@ -98,7 +82,9 @@ class Worker:
     killed_for: str | None = None  # why it is about to be killed by the executor
     was_spared: bool = False  # it was overdue, and perhaps only not listened to
     is_stopping: bool = False  # it is about to be ended, and gets no jobs
+    stage: Stage = Stage.IMPORT  # of its start
     start_failure: Sequence[Buffer] | None = None
+    may_start_later: bool = False  # by what that is
 
 
 class Workers:
@@ -109,6 +95,7 @@ class Workers:
         most: Upper bound on workers that may get jobs.
         max_jobs: Jobs after which a worker is replaced; None for no bound.
         selector: Where what they answer by is registered, with its Worker as data.
+        limits: How long starts may take.
     """
 
     def __init__(
@@ -117,8 +104,10 @@ class Workers:
         most: int,
         max_jobs: int | None,
         selector: selectors.BaseSelector,
+        limits: StartLimits = DEFAULT_LIMITS,
     ) -> None:
         self._start = start
+        self.starts = Starts(limits)
         self._most = most
         self._max_jobs = max_jobs
         self._selector = selector
@@ -134,12 +123,10 @@ class Workers:
         self._kill_at: dict[Worker, float] = {}
         # For workers that are stuck: on time.monotonic(), infinite if none has two jobs.
         self._next_look = math.inf
-        self.failure: Failure | None = None  # set once, when no worker can start
         self._notes: set[str] = set()  # that were logged
         self._starting = 0
         self._leaving = 0
-        self._failures = 0  # workers in a row that failed to start
-        self._next_start = 0.0  # on time.monotonic(): no start before it
+        self._are_stopped = False  # all of them, so that none fails to start by itself
         self.died = 0
         self.replaced = 0
         self._ended = 0
@@ -147,9 +134,14 @@ class Workers:
     # -- Starting ---------------------------------------------------------------
 
     @property
+    def failure(self) -> Failure | None:
+        """Why no worker can start; None as long as one may."""
+        return self.starts.failure
+
+    @property
     def has_room(self) -> bool:
         """Whether another worker may be started."""
-        return self.failure is None and self._alive < self._most
+        return not self.starts.are_over and self._alive < self._most
 
     @property
     def are_all_ready(self) -> bool:
@@ -158,7 +150,7 @@ class Workers:
 
     def starts_due(self, waiting: int) -> int:
         """Say how many workers to start now for the jobs that wait."""
-        if self.failure is not None or self._is_delayed():
+        if self.starts.are_over or self.starts.are_delayed():
             return 0
         return pace.workers_to_start(
             waiting=waiting,
@@ -175,6 +167,7 @@ class Workers:
     def start_one(self) -> None:
         """Start a worker; a failure to do so counts as a failed start."""
         body: WorkerHandle | None = None
+        self.starts.note_start()
         try:
             body = self._start()
             self._watch_new(worker := Worker(body))
@@ -186,6 +179,7 @@ class Workers:
             text = f"{type(exc).__name__}: {exc}"
             self._note_failed_start(text, dumps_exception(exc))
             return
+        self._time_stage(worker)
         if self._ended > self.replaced:
             self.replaced += 1
             log.info("worker %s replaces one that has ended", body.pid)
@@ -214,33 +208,51 @@ class Workers:
 
     def note_ready(self, worker: Worker) -> None:
         """Note that a worker has its engine and its initializer has run."""
-        self._failures = 0
+        self.starts.note_ready()
         if worker.state is State.STARTING:
             self._starting -= 1
             worker.state = State.READY
+            worker.was_spared = False
             if not worker.is_stopping:
+                self._kill_at.pop(worker, None)
                 self.idle.append(worker)
         log.debug("worker %s is ready", worker.body.pid)
+
+    def note_stage(self, worker: Worker, stage: Stage) -> None:
+        """Note how far the start of a worker has come."""
+        worker.stage = stage
+        if worker.state is State.STARTING and not worker.is_stopping:
+            worker.was_spared = False
+            if not self.starts.is_hurried:
+                self._time_stage(worker)
+
+    def note_start_failure(
+        self, worker: Worker, parts: Sequence[Buffer], *, may_pass: bool
+    ) -> None:
+        """Note what a worker that starts has raised; its end follows."""
+        worker.start_failure, worker.may_start_later = parts, may_pass
+
+    def _time_stage(self, worker: Worker) -> None:
+        seconds = self.starts.seconds_for_stage()
+        if seconds is not None:
+            self._kill_at[worker] = time.monotonic() + seconds
 
     @property
     def _alive(self) -> int:
         return len(self.all) - self._leaving
 
-    def _is_delayed(self) -> bool:
-        return bool(self._failures) and time.monotonic() < self._next_start
-
-    def _note_failed_start(self, text: str, parts: Sequence[Buffer] | None) -> None:
-        self._failures += 1
-        ready = self._alive - self._starting
-        delay = pace.delay_after_failed_start(self._failures, ready)
-        if self.failure is not None:
+    def _note_failed_start(
+        self, text: str, parts: Sequence[Buffer] | None, *, may_pass: bool = False
+    ) -> None:
+        if self._are_stopped:
             return
-        if delay is None:
-            self.failure = Failure(text, self._failures, parts)
-            log.error("the executor is broken: %s", self.failure.error())
-            return
-        self._next_start = time.monotonic() + delay
-        log.warning("a worker failed to start (%s), next try in %.1f s", text, delay)
+        able = self._alive - self._starting
+        if self.starts.is_hurried:
+            able += sum(
+                worker.state is State.STARTING and not worker.is_stopping
+                for worker in self.all.values()
+            )
+        self.starts.note_failure(text, parts, may_pass=may_pass, able=able)
 
     # -- Working ----------------------------------------------------------------
 
@@ -455,8 +467,10 @@ class Workers:
         self._short.pop(worker, None)
         worker.state = State.LEAVING
         self._leaving += 1
-        if not worker.sent:
-            self._kill_at[worker] = time.monotonic() + LEAVE_GRACE
+        if not (worker.sent or worker.is_stopping):
+            # One that starts may have less time left, and gets no more by this.
+            at = time.monotonic() + LEAVE_GRACE
+            self._kill_at[worker] = min(at, self._kill_at.get(worker, at))
         self.watch(worker, sent=worker.body.channel.end_sending())
 
     def kill_overdue(self, spared: Collection[Worker]) -> None:
@@ -471,10 +485,15 @@ class Workers:
         over = {w for w, deadline in self._kill_at.items() if deadline <= now}
         for worker in over.difference(spared):
             if not worker.is_stopping:
-                if worker.sent and self._may_have_answered(worker, now):
+                is_starting = worker.state is State.STARTING
+                if (worker.sent or is_starting) and self._may_have_answered(
+                    worker, now
+                ):
                     continue
                 worker.is_overdue = bool(worker.sent)
                 worker.killed_for = "it did not leave in time"
+                if is_starting:
+                    worker.killed_for = self.starts.overdue_text(worker.stage)
                 if worker.is_overdue:
                     job = worker.sent[0]
                     worker.killed_for = (
@@ -492,9 +511,20 @@ class Workers:
             number: The signal.
             why: The reason, as a clause.
         """
+        self._are_stopped = True
         for worker in self.all.values():
             worker.killed_for = worker.killed_for or why
             self._stop(worker, number)
+
+    def hurry(self) -> None:
+        """Have nothing wait long for a start: jobs that wait are cancelled."""
+        if self.starts.is_hurried:
+            return
+        self.starts.is_hurried = True
+        at = time.monotonic() + LEAVE_GRACE
+        for worker in self.all.values():
+            if worker.state is State.STARTING and not worker.is_stopping:
+                self._kill_at[worker] = min(at, self._kill_at.get(worker, at))
 
     def _stop(self, worker: Worker, number: int) -> None:
         worker.is_stopping = True
@@ -520,13 +550,14 @@ class Workers:
 
     def seconds_to_deadline(self, waiting: int) -> float | None:
         """Say how long the thread may sleep; None for no bound."""
-        if not self._kill_at and self._next_look == math.inf and not self._failures:
+        have_failed = self.starts.have_failed
+        if not self._kill_at and self._next_look == math.inf and not have_failed:
             return None
         times = list(self._kill_at.values())
         if self._next_look != math.inf:
             times.append(self._next_look)
-        if waiting and self.has_room and self._failures:
-            times.append(self._next_start)
+        if waiting and self.has_room and have_failed:
+            times.append(self.starts.next_at)
         return max(0.0, min(times) - time.monotonic()) if times else None
 
     # -- Dying ------------------------------------------------------------------
@@ -550,10 +581,13 @@ class Workers:
             case State.STARTING:
                 self._starting -= 1
                 text, parts = f"{death} while it started", worker.start_failure
-                if parts is not None:
+                if worker.is_stopping and worker.killed_for is not None:
+                    text = worker.killed_for
+                elif parts is not None:
                     cause = loads_exception(parts)
                     text = f"{type(cause).__name__}: {cause}"
-                self._note_failed_start(text, parts)
+                may_pass = worker.may_start_later and not worker.is_stopping
+                self._note_failed_start(text, parts, may_pass=may_pass)
             case State.LEAVING:
                 self._leaving -= 1
             case State.READY if not worker.sent:

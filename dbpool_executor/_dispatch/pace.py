@@ -230,18 +230,34 @@ def updated_estimate(known: float, sample: float, jobs: int = 1) -> float:
     return sample if sample > 2 * known else moving_average(known, sample, jobs)
 
 
-def delay_after_failed_start(failures: int, ready: int) -> float | None:
-    """Say what follows from a worker that ended before it was ready.
+def are_starts_given_up(
+    *, lasting: int, passing: int, seconds: float, patience: float, able: int
+) -> bool:
+    """Say whether workers that failed to start break the executor.
 
     Args:
-        failures: Workers in a row that failed to start, this one included.
-        ready: Workers that are ready, idle or not.
+        lasting: That failed since one has not, and not for a reason that may pass.
+        passing: Those that failed for one, such as a database that is down.
+        seconds: Since the first of all these.
+        patience: Seconds for which the latter do not count.
+        able: Workers that are able to do jobs. While there is one, it is not broken.
+    """
+    if able:
+        return False
+    counted = lasting if seconds < patience else lasting + passing
+    return counted >= START_ATTEMPTS
+
+
+def delay_before_start(tries: int, patience_left: float = math.inf) -> float:
+    """Say how long the next start waits, after one that has failed.
+
+    Args:
+        tries: Starts since then, the one that failed included.
+        patience_left: Seconds until failures are no longer expected to pass: the last
+            try is then, and not later.
 
     Returns:
-        Seconds until the next start may be tried; None if the executor is broken,
-        which it is not while any worker is able to do its jobs.
+        Seconds.
     """
-    if failures >= START_ATTEMPTS and not ready:
-        return None
-    doublings = min(failures - 1, 10)
-    return float(min(_FIRST_DELAY * 2**doublings, _LONGEST_DELAY))
+    delay = min(_FIRST_DELAY * 2 ** min(tries - 1, 10), _LONGEST_DELAY)
+    return float(delay if patience_left <= 0 else min(delay, patience_left))

@@ -63,6 +63,7 @@ _CANCELLED: dict[Family, set[object]] = {
 }
 
 _READ_ONLY_TRANSACTION = "25006"
+_OF_CONNECTING = {"OperationalError", "InterfaceError"}  # PEP 249, "Exceptions"
 
 
 def is_transient(exc: BaseException) -> bool:
@@ -78,6 +79,26 @@ def is_transient(exc: BaseException) -> bool:
         else _is_lost_socket(error)
         for error in _chain(exc)
     )
+
+
+def may_pass(exc: BaseException) -> bool:
+    """Say whether a worker that could not start for this may start later.
+
+    Args:
+        exc: What the engine factory or the initializer raised, by SQLAlchemy or by the
+            driver itself: such as that the database cannot be reached. A driver that
+            could not connect may not tell why.
+    """
+    return is_transient(exc) or any(map(_may_driver_pass, _chain(exc)))
+
+
+def _may_driver_pass(error: BaseException) -> bool:
+    driver = None if isinstance(error, DBAPIError) else driver_of(error)
+    if driver is None:
+        return False
+    code = _code_of(driver, error)
+    is_of_connecting = type(error).__name__ in _OF_CONNECTING
+    return code in _TRANSIENT[driver.family] or (is_of_connecting and not code)
 
 
 def _is_transient(error: DBAPIError) -> bool:
@@ -166,12 +187,14 @@ def give_up_lost(context: ExceptionContext) -> None:
 def _known(error: DBAPIError) -> tuple[Driver | None, object]:
     """Give the driver of an error, and the code of the database."""
     driver = driver_of(error.orig)
-    if driver is None:
-        return None, None
-    code = told(driver.code, error.orig)
+    return driver, None if driver is None else _code_of(driver, error.orig)
+
+
+def _code_of(driver: Driver, error: object) -> object:
+    code = told(driver.code, error)
     if driver.family is Family.SQLITE and isinstance(code, int):
         code &= 0xFF  # the primary one (sqlite.org/rescode.html)
-    return driver, code
+    return code
 
 
 def _chain(exc: BaseException | None) -> Iterator[BaseException]:

@@ -48,6 +48,17 @@ class Kind(enum.IntEnum):
     # itself is not known.
     RESULT_UNKNOWN = 10
     SKIPPED = 11  # worker to parent: so many calls were found in the ledger
+    STAGE = 12  # worker to parent: its start has come to the stage with this number
+    # Worker to parent: as START_FAILURE, with an error of a database that may pass.
+    PASSING_START_FAILURE = 13
+
+
+class Stage(enum.IntEnum):
+    """What a worker that starts is at."""
+
+    IMPORT = 0  # of the main module, and of what its setup is made of
+    FACTORY = 1  # it calls the engine factory
+    INITIALIZER = 2  # it calls the initializer
 
 
 _KINDS = {int(kind): kind for kind in Kind}

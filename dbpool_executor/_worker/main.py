@@ -10,7 +10,9 @@ import pickle
 import signal
 import socket
 import sys
+import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Mapping, MutableSequence, Sequence
 from contextlib import suppress
@@ -23,10 +25,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from sqlalchemy import Engine
 
+from .._drivers.errors import may_pass
 from .._forks.connections import bury_inherited, freeze
 from .._forks.ends import End, own_end
 from .._wire.calls import Buffer, Call, Function, Run, loads_calls, unpack_call
-from .._wire.channel import Channel, Kind, Message
+from .._wire.channel import Channel, Kind, Message, Stage
 from .._wire.environment import Environment
 from .._wire.exceptions import dumps_exception, set_cause
 from .._wire.locate import full_name
@@ -129,6 +132,7 @@ def main(ends: Ends | None, sent: SentSetup, environment: Environment | None) ->
     watch = ParentWatch(lifeline)
     channel = Channel(end)
     tell = partial(_tell, channel)
+    watch.before_end = partial(_tell_stack, channel)
     # As it is by default, to add a thousand rows to a session is to have all of them
     # looked at more than once.
     if 0 < gc.get_threshold()[0] < _NEW_OBJECTS:
@@ -156,8 +160,10 @@ def main(ends: Ends | None, sent: SentSetup, environment: Environment | None) ->
 
                 channel = SharedChannel(end)
                 tell = partial(_tell, channel)
+                watch.before_end = partial(_tell_stack, channel)
                 forwarder = Forwarder(partial(_send_record, channel))
                 forwarder.take_over(setup.log_levels)
+            channel.send(Message(Kind.STAGE, number=Stage.FACTORY))
             database = Database(
                 setup.engine_factory,
                 setup.session_options,
@@ -175,12 +181,15 @@ def main(ends: Ends | None, sent: SentSetup, environment: Environment | None) ->
                 forwarder.uninterrupted = database.alarm.paused
             watch_limit(database.engine, setup.max_workers, tell)
             if setup.initializer is not None:
+                channel.send(Message(Kind.STAGE, number=Stage.INITIALIZER))
                 database.run(_call_only, (setup.initializer,))
             for note in notes_on(database.engine):
                 tell(note)
         except BaseException as exc:
-            channel.send(Message(Kind.START_FAILURE, dumps_exception(exc)))
+            kind = Kind.PASSING_START_FAILURE if may_pass(exc) else Kind.START_FAILURE
+            channel.send(Message(kind, dumps_exception(exc)))
             return
+        watch.before_end = None
         channel.send(Message(Kind.READY))
         freeze()
         _serve(channel, answers, database, record)
@@ -372,6 +381,14 @@ def _is_ours(frame: FrameType) -> bool:
 
 def _tell(channel: Channel, text: str) -> None:
     channel.send(Message(Kind.NOTE, [text.encode()]))
+
+
+def _tell_stack(channel: Channel) -> None:
+    """Tell where a start hangs that is about to be ended; not in its own thread."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    error = TimeoutError("the worker was at this when it was ended:")
+    error.add_note("".join(traceback.format_stack(frame)))
+    channel.send(Message(Kind.START_FAILURE, dumps_exception(error)))
 
 
 def _send_record(channel: Channel, data: bytes) -> None:

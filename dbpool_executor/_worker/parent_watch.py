@@ -19,6 +19,7 @@ import struct
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
 
@@ -56,12 +57,14 @@ class ParentWatch:
     Attributes:
         record: The worker's phase record, when it has one.
         database: The worker's engine, when it has one.
+        before_end: What is done first, if anything; what it raises is dropped.
     """
 
     def __init__(self, lifeline: End) -> None:
         self._lifeline = lifeline
         self.record: PhaseRecord | None = None
         self.database: Cancels | None = None
+        self.before_end: Callable[[], None] | None = None
         self._is_held = threading.Event()
         # Before any other thread of this worker starts, see there.
         _end_without_interpreter(lifeline)
@@ -76,6 +79,9 @@ class ParentWatch:
             # timer needs none. But a fork of a process that has set one waits for ever.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             faulthandler.dump_traceback_later(_GRACE, exit=True, file=nowhere)
+        if self.before_end is not None:
+            with suppress(Exception):
+                self.before_end()
         number = _KILL
         if self.record is not None:
             # From here on no COMMIT begins, and no job.

@@ -14,8 +14,9 @@ import pytest
 
 from dbpool_executor._dispatch.pace import (
     START_ATTEMPTS,
-    delay_after_failed_start,
+    are_starts_given_up,
     delay_before_repeat,
+    delay_before_start,
     group_size,
     is_taken_back,
     jobs_to_send,
@@ -99,7 +100,7 @@ def test_no_situation_starts_too_many_workers_or_too_few() -> None:
 
 
 @pytest.mark.parametrize(
-    ("failures", "delay"),
+    ("tries", "delay"),
     [
         (1, 0.1),
         (2, 0.2),
@@ -113,23 +114,45 @@ def test_no_situation_starts_too_many_workers_or_too_few() -> None:
         (10**9, 5.0),
     ],
 )
-def test_failed_starts_are_tried_again_ever_later_while_a_worker_is_ready(
-    failures: int, delay: float
-) -> None:
-    """The delay doubles up to five seconds, and one ready worker keeps it going."""
-    for ready in (1, 2, 50):
-        assert delay_after_failed_start(failures, ready) == pytest.approx(delay)
+def test_failed_starts_are_tried_again_ever_later(tries: int, delay: float) -> None:
+    """The delay doubles up to five seconds; the last try is when the patience ends."""
+    assert delay_before_start(tries) == pytest.approx(delay)
+    assert delay_before_start(tries, 0.3) == pytest.approx(min(delay, 0.3))
+    assert delay_before_start(tries, -1.0) == pytest.approx(delay)
 
 
-@pytest.mark.parametrize("failures", range(1, 12))
-def test_no_ready_worker_and_three_failed_starts_break_the_executor(
-    failures: int,
+@pytest.mark.parametrize(
+    ("lasting", "passing", "seconds", "able", "is_given_up"),
+    [
+        # What will not pass: three, whenever they come.
+        (1, 0, 0.0, 0, False),
+        (2, 0, 400.0, 0, False),
+        (3, 0, 0.3, 0, True),
+        (9, 0, 0.3, 0, True),
+        # What may pass does not count as long as there is patience.
+        (0, 3, 1.0, 0, False),
+        (0, 500, 299.9, 0, False),
+        (2, 500, 299.9, 0, False),
+        (3, 500, 1.0, 0, True),
+        # And counts after that.
+        (0, 2, 300.0, 0, False),
+        (0, 3, 300.0, 0, True),
+        (1, 2, 300.0, 0, True),
+        # A worker that is ready keeps it going.
+        (3, 0, 0.3, 1, False),
+        (50, 500, 9000.0, 1, False),
+        (50, 500, 9000.0, 20, False),
+    ],
+)
+def test_when_starts_that_fail_break_the_executor(
+    lasting: int, passing: int, seconds: float, able: int, is_given_up: bool
 ) -> None:
-    """None, broken, from the third failure in a row on and not before."""
-    delay = delay_after_failed_start(failures, 0)
-    assert (delay is None) == (failures >= START_ATTEMPTS)
-    if delay is not None:
-        assert delay == delay_after_failed_start(failures, 1)
+    """Of a patience of 300 seconds; with none, every failure counts."""
+    given_up = partial(are_starts_given_up, lasting=lasting, passing=passing, able=able)
+    assert given_up(seconds=seconds, patience=300.0) == is_given_up
+    assert given_up(seconds=seconds, patience=0.0) == (
+        not able and lasting + passing >= START_ATTEMPTS
+    )
 
 
 @pytest.mark.parametrize(
