@@ -71,6 +71,7 @@ class CommitWatch:
         self._begun: list[Where] = []  # connections used by the job
         self._written: dict[Where, Traits] = {}  # where work is not committed
         self._marked: set[Where] = set()  # where a savepoint tells of commits
+        self._prepared: set[Where] = set()  # where a transaction is, and not ended
         self._owners: dict[Where, int] = {}  # sessions of the job, by id()
         # Rolled back by a session, which has not yet said that it was meant to be.
         self._dropped: set[Where] = set()
@@ -86,6 +87,7 @@ class CommitWatch:
         self._undone.clear()
         self._written.clear()
         self._marked.clear()
+        self._prepared.clear()
         self._owners.clear()
         self._dropped.clear()
         self._record.note_xid(0)
@@ -108,6 +110,11 @@ class CommitWatch:
     def may_have_committed(self) -> bool:
         """Whether it is not known that the job has committed nothing by itself."""
         return self.by_the_job or bool(self._marked)
+
+    @property
+    def is_left_prepared(self) -> bool:
+        """Whether a transaction is prepared: others may commit it, or roll it back."""
+        return bool(self._prepared)
 
     @property
     def has_several(self) -> bool:
@@ -148,7 +155,7 @@ class CommitWatch:
                 with suppress(Exception):
                     is_split |= questions.is_several_files(where)
             _roll_back(where)
-        return self.has_committed or is_split
+        return self.has_committed or is_split or self.is_left_prepared
 
     def ask(self) -> None:
         """Roll back, now that the job has failed, and ask whether that is all of it."""
@@ -255,9 +262,19 @@ class CommitWatch:
     def after_commit_of(self, connection: PoolProxiedConnection) -> None:
         """Note that a COMMIT has succeeded."""
         self._written.pop(connection.dbapi_connection, None)
+        self.forget_prepared(connection.dbapi_connection)
         self._committed += 1
         if self.is_ending:
             self.has_committed = True
+
+    def after_prepare_of(self, connection: PoolProxiedConnection) -> None:
+        """Note that a transaction is prepared: a ROLLBACK does not reach it any more."""
+        self._prepared.add(connection.dbapi_connection)
+
+    def forget_prepared(self, where: Where) -> None:
+        """Note that what was prepared has been committed or rolled back."""
+        if self._prepared:
+            self._prepared.discard(where)
 
     def before_untold_commit(
         self, connection: PoolProxiedConnection, traits: Traits

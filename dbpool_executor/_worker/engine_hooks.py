@@ -115,6 +115,10 @@ def _hook_statements(watch: CommitWatch, dialect: Dialect, traits: Traits) -> No
                 watch.after_rollback_of(fairy, written)
             if name == "do_commit_twophase":
                 watch.after_commit_of(fairy)
+            elif name == "do_prepare_twophase":
+                watch.after_prepare_of(fairy)
+            elif name == "do_rollback_twophase":
+                watch.forget_prepared(fairy.dbapi_connection)
 
         setattr(dialect, name, wrapped)
 

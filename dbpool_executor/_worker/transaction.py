@@ -261,10 +261,7 @@ class Database:
         except JobInterrupt as exc:
             # Its statement may be cancelled a moment too late, and then hit the next
             # job's: the connection is not used again.
-            if self.session is not None:
-                self.session.invalidate()
-            for engine in self._engines():
-                engine.dispose()
+            self._drop_connections()
             self.was_interrupted = True
             self._commits.give_up()
             cause = exc.__cause__
@@ -428,8 +425,11 @@ class Database:
                 raise ResultLostError(text) from exc
             if self._commits.roll_back():
                 self._commits.by_the_job = True
+                text = "one of its databases refused it, and another did not"
+                if self._commits.is_left_prepared:
+                    text = "it was prepared, and the second phase failed"
+                    self._drop_connections()  # no other transaction can begin there
                 if isinstance(exc, Exception):
-                    text = "one of its databases refused it, and another did not"
                     raise OutcomeUnknownError(text) from exc
             # Ours are raised before it is sent.
             is_ours = isinstance(exc, (DBPoolError, JobInterrupt))
@@ -466,6 +466,11 @@ class Database:
             self._take_back(getattr(fn, "__qualname__", repr(fn)))
         if self._reset is not None:
             self._reset.end_job()
+
+    def _drop_connections(self) -> None:
+        if self.session is not None:
+            self.session.invalidate()
+        self.dispose()
 
     def _take_back(self, name: str) -> None:
         """Close the connections that a job took and did not give back."""

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from sqlalchemy import NullPool, create_engine
+from sqlalchemy import create_engine
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 import failures
@@ -458,31 +458,3 @@ def test_database_that_cannot_tell_is_not_asked(
     assert raised.value.outcome is Outcome.NEVER_STARTED
     assert database.count() == 0
     executor.submit(jobs.insert_item, "next").result(LONGEST)
-
-
-# -- In two phases -------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("database", ["mariadb-pymysql"], indirect=True)
-def test_two_phase_commit_is_seen(
-    database: Database, make_executor: MakeExecutor
-) -> None:
-    """Jobs are committed; one that dies between the phases is unknown."""
-    executor = make_executor(
-        database.make_engine, 1, session_options={"twophase": True}
-    )
-    executor.submit(jobs.insert_item, "a").result(LONGEST)
-    try:
-        with pytest.raises(OutcomeUnknownError):
-            executor.submit(failures.insert_and_die_between_phases, "c").result(LONGEST)
-        executor.submit(jobs.insert_item, "b").result(LONGEST)
-        assert database.names() == {"a", "b"}
-    finally:
-        # Prepared is prepared, also when nobody is left; it would lock the table.
-        engine = create_engine(
-            database.url, poolclass=NullPool, isolation_level="AUTOCOMMIT"
-        )
-        with engine.connect() as connection:
-            for row in connection.exec_driver_sql("XA RECOVER").all():
-                data = bytes(row.data).decode()
-                connection.exec_driver_sql(f"XA ROLLBACK '{data}'")

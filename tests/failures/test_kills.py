@@ -178,10 +178,13 @@ def test_transfers_are_told_exactly_while_workers_are_killed(
 
 
 def outcome_of(future: Future[int]) -> Outcome:
-    """Give what a future says of its transaction."""
+    """Give what a future says of its transaction, and its error with it."""
     error = future.exception(LONGEST)
-    if error is None:
-        return Outcome.COMMITTED
-    assert isinstance(error, (WorkerDiedError, ResultLostError, OutcomeUnknownError))
-    assert error.outcome is not None
-    return error.outcome
+    outcome = future.outcome
+    assert outcome is not None
+    if error is not None:
+        assert isinstance(
+            error, (WorkerDiedError, ResultLostError, OutcomeUnknownError)
+        )
+        assert error.outcome is outcome
+    return outcome

@@ -431,12 +431,6 @@ def large_pool(url: str, size: int) -> Engine:
     return create_engine(url, pool_size=size)
 
 
-def insert_and_die_between_phases(name: str) -> None:
-    """Write an item, and be killed when COMMIT is prepared and not yet done."""
-    jobs.insert_item(name)
-    event.listen(current_engine(), "commit_twophase", lambda *_: faults.die())
-
-
 # -- Stages of the table -------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ from itertools import count
 import pytest
 
 import own_commits
+import servers
 from dbpool_executor import Outcome
 from own_commits import COMMITTING, HARMLESS, OPAQUE
 from processes import MakeExecutor
@@ -43,9 +44,13 @@ def stored(database: Database, name: str) -> int:
 
 
 def rows_of_the_table(
-    database: Database, make_executor: MakeExecutor, group: str, retries: int
+    database: Database,
+    make_executor: MakeExecutor,
+    group: str,
+    retries: int,
+    only: dict[str, list[str]] | None = None,
 ) -> dict[tuple[str, str], tuple[int, Outcome | None]]:
-    """Run each way to write with each way to end.
+    """Run each way to write, or some of them, with each way to end.
 
     Returns:
         How many rows are stored, and what the future says.
@@ -57,7 +62,7 @@ def rows_of_the_table(
     executor = make_executor(database.make_engine, 1, retries=retries)
     found = {}
     for kind in ("all", kind_of(database)):
-        for way in ways.get(kind, {}):
+        for way in ways.get(kind, {}) if only is None else only[kind]:
             for death in deaths:
                 name = f"{group} {next(numbers)} "
                 future = executor.submit(
@@ -120,3 +125,31 @@ def test_trigger_that_writes_in_place_is_seen_by_who_lives(
     finally:
         database.execute("DROP TRIGGER copies")
         database.execute("DELETE FROM forever")
+
+
+# -- Drivers that only the differences between drivers are tested with ----------------
+
+OF_EACH_KIND = {
+    "all": ["raw connection", "cursor", "autocommit", "COMMIT"],
+    "postgresql": ["string", "string that begins again", "DO after COMMIT"],
+    "mariadb": ["EXECUTE", "version", "CALL that begins again", "MyISAM"],
+}
+"""One way to commit of each kind."""
+
+
+@pytest.mark.parametrize("database", servers.OTHERS, indirect=True)
+@pytest.mark.parametrize(
+    ("group", "right"),
+    [("COMMITTING", (1, Outcome.UNKNOWN)), ("HARMLESS", (0, Outcome.ROLLED_BACK))],
+)
+def test_other_drivers_tell_the_same(
+    database: Database,
+    make_executor: MakeExecutor,
+    group: str,
+    right: tuple[int, Outcome],
+) -> None:
+    """One way of each kind, and all that are harmless."""
+    only = OF_EACH_KIND if group == "COMMITTING" else None
+    found = rows_of_the_table(database, make_executor, group, retries=2, only=only)
+    assert found
+    assert found == dict.fromkeys(found, right)
