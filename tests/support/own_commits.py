@@ -23,6 +23,7 @@ PREPARED = (
     "CREATE PROCEDURE IF NOT EXISTS goes_on() BEGIN COMMIT; START TRANSACTION; END",
     "CREATE PROCEDURE IF NOT EXISTS commits_not() BEGIN SELECT 1; END",
     "CREATE TABLE IF NOT EXISTS forever (name varchar(100)) ENGINE=MyISAM",
+    "CREATE TABLE IF NOT EXISTS in_aria (name varchar(100)) ENGINE=Aria",
     "CREATE TABLE IF NOT EXISTS in_memory (name varchar(100)) ENGINE=MEMORY",
 )
 """What the jobs on MariaDB need."""
@@ -93,6 +94,12 @@ def in_place(table: str, name: str) -> None:
     run(f"INSERT INTO {table} (name) VALUES ('{name}')")
 
 
+def by_copy(name: str) -> None:
+    """Write a row, and copy it to a table that knows no transactions."""
+    run(INSERT.format(name))
+    run(f"INSERT INTO forever SELECT name FROM item WHERE name = '{name}'")
+
+
 def by_outermost_savepoint(name: str) -> None:
     """Release a savepoint that has begun SQLite's transaction."""
     with session.begin_nested():
@@ -133,6 +140,8 @@ COMMITTING: dict[str, dict[str, Callable[[str], None]]] = {
         "CALL": partial(with_, "CALL commits()"),
         "CALL that begins again": partial(with_, "CALL goes_on()"),
         "MyISAM": partial(in_place, "forever"),
+        "Aria": partial(in_place, "in_aria"),
+        "copy": by_copy,
         "MEMORY": partial(in_place, "in_memory"),
     },
     "sqlite": {"savepoint": by_outermost_savepoint},
