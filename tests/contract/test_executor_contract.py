@@ -182,7 +182,6 @@ def test_future_tells_the_state_of_its_job(make: MakeAny, gate: Gate) -> None:
         ValueError("text", 5),
         FileNotFoundError(2, "no such file", "/a"),
         KeyError("key"),
-        StopIteration(3),
         CancelledError(),
         TimeoutError("of the job's own"),
         ExceptionGroup("group", [ValueError(1)]),

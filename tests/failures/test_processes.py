@@ -118,11 +118,13 @@ def test_jobs_are_done_where_somebody_else_reaps_the_workers(
         output, errors = program.communicate(timeout=60)
     assert program.returncode == 0, errors
     told = "-9" if start_method == "forkserver" else "None"
-    assert output.splitlines() == [
-        "0 1 2 3 4 5 6 7",
-        f"WorkerDiedError {told} rolled back",
-        "ended",
-    ]
+    given, died, ended = output.splitlines()
+    assert (given, ended) == ("0 1 2 3 4 5 6 7", "ended")
+    # The executor may be faster than the thread that reaps.
+    assert died in {
+        f"WorkerDiedError {status} rolled back"
+        for status in ({told, "-9"} if reaper == "thread" else {told})
+    }
     assert "Exception in thread" not in errors
     assert sqlite_database.names() == {"a"}
 
