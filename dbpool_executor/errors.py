@@ -373,20 +373,29 @@ class WorkLostError(TransactionAbortedError):
 
 
 class LedgerError(DBPoolError, RuntimeError):
-    """The ledger's table cannot keep what the ledger promises; the job never started.
+    """What the ledger promises could not be kept for a job with a key.
+
+    The table is not what it has to be, and the job never started; or the job commits by
+    itself, or writes to another database, and is rolled back.
 
     Args:
         text: What is wrong, and what to do.
+        outcome: NEVER_STARTED or ROLLED_BACK.
     """
 
     outcome: Outcome | None = Outcome.NEVER_STARTED
 
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
+    def __init__(self, text: str, outcome: Outcome = Outcome.NEVER_STARTED) -> None:
+        super().__init__(text, outcome)
         self.text = text
+        self.outcome = outcome
 
     def __str__(self) -> str:
-        return f"the job with a key never started, since {self.text}"
+        what = {
+            Outcome.NEVER_STARTED: "never started",
+            Outcome.ROLLED_BACK: "is rolled back",
+        }.get(self.outcome or Outcome.UNKNOWN, "has an unknown outcome")
+        return f"the job with a key {what}, since {self.text}"
 
 
 class KeyReusedError(DBPoolError, ValueError):

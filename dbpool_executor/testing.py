@@ -27,7 +27,7 @@ from ._api.arguments import (
     factory_of,
 )
 from ._api.executor import DBPoolExecutor
-from ._dispatch.dispatcher import _FAILURE_PARTS, Dispatcher
+from ._dispatch.dispatcher import Dispatcher
 from ._dispatch.job import Job, read
 from ._drivers.errors import is_aborted
 from ._forks.connections import live_entries
@@ -36,7 +36,7 @@ from ._launch.quiesce import AnyEngine, _is_its_pool
 from ._ledger.ledger import Ledger
 from ._wire.calls import Buffer, Call, Label, Name, dumps_calls, loads_calls
 from ._wire.channel import Kind, Message
-from ._wire.exceptions import dumps_exception
+from ._wire.exceptions import REPEAT, advice_of, dumps_exception
 from ._wire.options import DEFAULTS, JobOptions
 from ._wire.phase import WORDS, PhaseRecord
 from ._worker import main as worker
@@ -252,8 +252,7 @@ class _InlineDispatcher(Dispatcher):
             if told.kind is not Kind.FAILURE:
                 return told
             job.attempts += 1
-            # A fourth part says that it may succeed when it is repeated.
-            if len(told.parts) <= _FAILURE_PARTS or job.attempts > options.retries:
+            if advice_of(told.parts) != REPEAT or job.attempts > options.retries:
                 return told
             self._retried += 1
 

@@ -25,7 +25,7 @@ from .._forks.ends import make_ends
 from .._launch.handle import WorkerHandle
 from .._wire.calls import Call, Label, Name, pack_call
 from .._wire.channel import Kind, Message, Stage
-from .._wire.exceptions import is_outcome_unknown
+from .._wire.exceptions import ASK_LEDGER, REPEAT, advice_of
 from .._wire.logs import handle_record
 from .._wire.options import DEFAULTS, JobOptions
 from .._wire.phase import Transaction
@@ -44,7 +44,6 @@ from .starts import DEFAULT_LIMITS, StartLimits
 from .stats import Stats
 from .verdict import may_repeat, never_sent_error, resolved_error
 
-_FAILURE_PARTS = 3
 _WAY_SECONDS = 5e-5  # for which a caller gives way
 _WAY_EVERY = 5e-4  # seconds, at most, to a thread that is late
 _NOTICE_SECONDS = 0.2  # after which an end of the thread is noticed
@@ -630,10 +629,10 @@ class Dispatcher:
                 job.worker = worker.body.pid
                 answered += 1
                 nanoseconds += number
-                # A fourth part says that it may succeed when it is repeated.
-                if len(message.parts) > _FAILURE_PARTS:
+                advice = advice_of(message.parts)
+                if advice == REPEAT:
                     self._repeat_or_settle(job, message)
-                elif job.keys is not None and is_outcome_unknown(message.parts):
+                elif advice == ASK_LEDGER:
                     self._ask_ledger(job, message)
                 else:
                     self._end(job, message)
@@ -672,7 +671,9 @@ class Dispatcher:
         job, error = ending.job, ending.error
         if job is None or error is None:
             return
-        if job.keys is not None and error.outcome in _SETTLED_BY_LEDGER:
+        # A claim that the job may have committed by itself proves nothing.
+        is_settled = not ending.has_own_commit and error.outcome in _SETTLED_BY_LEDGER
+        if job.keys is not None and is_settled:
             self._ask_ledger(job, error)
         elif ending.transaction.xid and error.outcome is Outcome.UNKNOWN:
             self._resolve(job, error, ending.transaction)

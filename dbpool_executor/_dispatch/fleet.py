@@ -49,6 +49,7 @@ class Ending(NamedTuple):
         error: What that job ended with.
         transaction: The one that it was about to commit, if it has noted it.
         unread: Those before it, whose answers could not be read, with their errors.
+        has_own_commit: Whether that job may have committed something by itself.
     """
 
     again: list[Job]
@@ -56,6 +57,7 @@ class Ending(NamedTuple):
     error: DBPoolError | None = None
     transaction: Transaction = Transaction()
     unread: Sequence[tuple[Job, DBPoolError]] = ()
+    has_own_commit: bool = False
 
 
 class Recall(NamedTuple):
@@ -618,4 +620,11 @@ class Workers:
                 return Ending([job, *others], unread=unread)
         limit = options.timeout if worker.is_overdue else None
         error = verdict.error_at_end(death, outcome, timeout=limit)
-        return Ending(others, job, error, worker.body.transaction(), unread)
+        return Ending(
+            others,
+            job,
+            error,
+            worker.body.transaction(),
+            unread,
+            progress.has_own_commit,
+        )

@@ -20,13 +20,19 @@ from ..errors import (
     DBPoolError,
     JobFailedError,
     Outcome,
-    OutcomeUnknownError,
     WorkerTraceback,
     fields_of,
 )
 from .calls import Buffer
 from .locate import full_name
 from .picklers import BoundaryPickler, pickled
+
+REPEAT = b"1"
+"""What a worker advises where the job may succeed when it is run again."""
+ASK_LEDGER = b"2"
+"""And where contact was lost during the COMMIT of a claim."""
+
+_PARTS = 3  # of an exception, before the advice
 
 
 def dumps_exception(
@@ -141,11 +147,9 @@ def _note_in_detail(error: StatementError, outcome: Outcome) -> None:
     fields_of(error)["detail"] = detail
 
 
-def is_outcome_unknown(parts: Sequence[Buffer]) -> bool:
-    """Say whether what was pickled is that contact was lost during COMMIT."""
-    class_name, *_, outcome = pickle.loads(parts[0])
-    unknown = class_name == full_name(OutcomeUnknownError)
-    return unknown and outcome is Outcome.UNKNOWN
+def advice_of(parts: Sequence[Buffer]) -> bytes:
+    """Give the worker's advice that follows an exception; empty if there is none."""
+    return bytes(parts[_PARTS]) if len(parts) > _PARTS else b""
 
 
 def set_cause(exc: BaseException, cause: BaseException) -> None:

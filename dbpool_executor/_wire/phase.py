@@ -32,10 +32,13 @@ class Progress(NamedTuple):
     Attributes:
         begun: Number of the last job that was begun; 0 before the first.
         phase: Phase of that job.
+        has_own_commit: Whether that job may have committed something by itself, before
+            the COMMIT at its end.
     """
 
     begun: int
     phase: Phase
+    has_own_commit: bool = False
 
 
 class Transaction(NamedTuple):
@@ -111,7 +114,12 @@ class PhaseRecord:
     def read(self) -> Progress:
         """Read the record, in either process."""
         word = self._words[0]
-        return Progress(word >> 2, Phase(word & 3 or Phase.RUNNING))
+        begun, phase = word >> 2, Phase(word & 3 or Phase.RUNNING)
+        return Progress(begun, phase, 0 < begun == self._words[6])
+
+    def note_own_commit(self, *, happened: bool = True) -> None:
+        """Note that the job may commit by itself; or take back that it may have."""
+        self._words[6] = self._begun if happened else 0
 
     def note_xid(self, xid: int, server: int = 0, timeline: int = 0) -> None:
         """Note the transaction that is about to be committed, as Transaction has it."""
@@ -133,7 +141,7 @@ class PhaseRecord:
             self._words[1] = number
 
 
-WORDS = 6
+WORDS = 7
 """Length of the array of a PhaseRecord."""
 
 RECALL_DELAY = 0.001

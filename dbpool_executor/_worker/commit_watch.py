@@ -21,11 +21,20 @@ from .._drivers.connections import autocommits, status_of
 from .._drivers.statements import Effect
 from .._drivers.table import Status
 from .._wire.phase import Phase, PhaseRecord
-from ..errors import TransactionAbortedError
+from ..errors import LedgerError, Outcome, TransactionAbortedError
 from .timeout import Alarm
 from .traits import Traits
 
 _ONE_STATEMENT = "a lock wait timeout undid one statement (error 1205)"
+_OWN_COMMIT = (
+    "it commits by itself: its claim would be committed without its result, and what it "
+    "does then would have no key; leave the COMMIT to the end of the job, and use "
+    "session.begin_nested() for a part that may fail"
+)
+_ELSEWHERE = (
+    "it has written to another database than the ledger is in, which no COMMIT can store "
+    "together with the claim; write there in a job of its own"
+)
 _ALL_BEFORE = "a deadlock undid everything before it (error 1213)"
 
 Where = DBAPIConnection | None
@@ -77,12 +86,14 @@ class CommitWatch:
         self._dropped: set[Where] = set()
         self._watched: set[object] = set()  # dialects
         self._has_begun_to_commit = False  # at the end, where nothing is heard after it
+        self._claimed: Where = None  # where the keys of the job are
 
     def begin_job(self) -> None:
         """Note that what follows is the next job's."""
         self.by_the_job = self.is_ending = self.is_used = self.autocommits = False
         self.is_work_lost = self.has_committed = self._has_begun_to_commit = False
         self._committed = 0
+        self._claimed = None
         self._begun.clear()
         self._undone.clear()
         self._written.clear()
@@ -110,6 +121,16 @@ class CommitWatch:
     def may_have_committed(self) -> bool:
         """Whether it is not known that the job has committed nothing by itself."""
         return self.by_the_job or bool(self._marked)
+
+    def note_claim(self, where: Where) -> None:
+        """Note that the job has claimed its keys, so that all its work is to be there."""
+        self._claimed = where
+        self.is_used = True
+
+    @property
+    def has_claim(self) -> bool:
+        """Whether the job has claimed its keys."""
+        return self._claimed is not None
 
     @property
     def is_left_prepared(self) -> bool:
@@ -243,10 +264,14 @@ class CommitWatch:
 
         Raises:
             TransactionAbortedError: It would store half a job, or nothing.
+            LedgerError: It would store what a job with a key has done without the key, or
+                the key without what the job has done.
             JobInterrupt: The time is up.
         """
         where = connection.dbapi_connection
         try:
+            if self._claimed is not None:
+                self._refuse_apart_from_claim(where)
             if traits.may_abort and drivers.is_aborted(where):
                 raise TransactionAbortedError(
                     "a database error aborted the transaction"
@@ -360,6 +385,7 @@ class CommitWatch:
         """
         if status_of(where) is Status.OPEN:
             self.by_the_job = False
+            self._record.note_own_commit(happened=False)
             self._record.advance(Phase.RUNNING)
 
     def note_level(self, level: str | None) -> None:
@@ -398,9 +424,20 @@ class CommitWatch:
 
     # -- ------------------------------------------------------------------------
 
+    def _refuse_apart_from_claim(self, where: Where) -> None:
+        if not self.is_ending:
+            # To end a transaction that has only read is no harm.
+            if where is not self._claimed and where not in self._written:
+                return
+            raise LedgerError(_OWN_COMMIT, Outcome.ROLLED_BACK)
+        if any(other is not self._claimed for other in self._written):
+            raise LedgerError(_ELSEWHERE, Outcome.ROLLED_BACK)
+
     def _note_commit(self) -> None:
         self.is_used = True
-        self.by_the_job = self.by_the_job or not self.is_ending
+        if not self.is_ending:
+            self.by_the_job = True
+            self._record.note_own_commit()
         self._record.advance(Phase.COMMITTING)
 
     def _mark(self, where: Where) -> bool:
@@ -413,6 +450,7 @@ class CommitWatch:
             except Exception:  # the statement will say why
                 return False
             self._marked.add(where)
+        self._record.note_own_commit()
         self._record.advance(Phase.COMMITTING)
         return True
 

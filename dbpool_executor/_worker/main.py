@@ -31,7 +31,7 @@ from .._forks.ends import End, own_end
 from .._wire.calls import Buffer, Call, Function, Run, loads_calls, unpack_call
 from .._wire.channel import Channel, Kind, Message, Stage
 from .._wire.environment import Environment
-from .._wire.exceptions import dumps_exception, set_cause
+from .._wire.exceptions import ASK_LEDGER, REPEAT, dumps_exception, set_cause
 from .._wire.locate import full_name
 from .._wire.logs import Levels
 from .._wire.options import JobOptions, loads_options
@@ -370,7 +370,10 @@ def _run(
         exc = exc.with_traceback(trace)
         parts = dumps_exception(exc, database.failed_outcome)
         repeats = options.retries > 0 and database.may_repeat(exc)
-        return _FAILURE, [*parts, b"1"] if repeats else parts
+        if database.asks_ledger:
+            database.asks_ledger = False
+            return _FAILURE, [*parts, ASK_LEDGER]
+        return _FAILURE, [*parts, REPEAT] if repeats else parts
     return (_RESULT if database.is_committed else _RESULT_UNKNOWN), parts
 
 

@@ -23,10 +23,16 @@ from .._ledger.claims import Claims, Entry
 from .._ledger.ledger import COMMITTED, SETTLED, Ledger
 from .._ledger.results import Kept
 from .._wire.locate import name_of
-from ..errors import KeyReusedError, LedgerError, NotStorableError
+from ..errors import KeyReusedError, LedgerError, NotStorableError, Outcome
+from .commit_watch import CommitWatch
 
 _LONGEST_PAUSE = 0.05  # seconds, between two tries to claim
 _VIOLATIONS = 3  # in a row that no row explains
+
+_NO_CLAIM = (
+    "it has ended its transaction by itself, and its claim with it; use "
+    "session.begin_nested() for a part that may fail, and leave the session open"
+)
 
 Calls = Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]]
 
@@ -54,6 +60,7 @@ class Once:
         fn: Callable[..., object],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
+        commits: CommitWatch,
     ) -> object:
         """Run a call, or the calls of a chunk, whose keys are not in the ledger yet.
 
@@ -63,12 +70,14 @@ class Once:
             fn: What the job calls.
             args: Its positional arguments.
             kwargs: Its keyword arguments.
+            commits: Told where the claim is, and asked whether it may be gone.
 
         Returns:
             What becomes the result of the job, or the results of the chunk.
 
         Raises:
-            LedgerError: The table is missing, or is not what it has to be.
+            LedgerError: The table is missing, or is not what it has to be; or the job has
+                ended the transaction of its claim.
             KeyReusedError: A key is another function's.
             NotStorableError: A result is nothing that the ledger keeps.
             Exception: Whatever a call raises, or the database.
@@ -85,13 +94,23 @@ class Once:
         found = self._claim(
             session, wanted, name_of(fn), dict(zip(digests, calls, strict=True))
         )
+        claimed = session.get_transaction()
+        fairy = self._connection(session)._dbapi_connection
+        commits.note_claim(fairy.dbapi_connection if fairy is not None else None)
         values: dict[str, object] = {}
         texts: dict[str, str | None] = {d: entry.result for d, entry in found.items()}
         for digest, (each, keywords) in zip(digests, calls, strict=True):
             if digest not in texts:
                 values[digest] = fn(*each, **keywords)
                 texts[digest] = self._text(values[digest], wanted[digest])
+        # What it does from there on would have no key.
+        if values and session.get_transaction() is not claimed:
+            raise LedgerError(_NO_CLAIM, Outcome.ROLLED_BACK)
         session.flush()
+        if values and commits.may_have_committed:
+            there = self._claims.entries(self._connection(session), values)
+            if len(there) < len(values):
+                raise LedgerError(_NO_CLAIM, Outcome.ROLLED_BACK)
         kept = {d: text for d in values if (text := texts[d]) is not None}
         self._claims.store(self._connection(session), kept)
         self.skipped += sum(digest not in values for digest in digests)

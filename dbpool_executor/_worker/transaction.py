@@ -158,6 +158,7 @@ class Database:
         was_interrupted: Whether a job was, since garbage was collected last.
         once: Runs the jobs that have keys; None without a ledger.
         keys: The key of the next job that has one, or those of a chunk's calls.
+        asks_ledger: Whether the ledger knows what became of the last job, which raised.
 
     Raises:
         TypeError: The factory returned something other than an Engine.
@@ -221,6 +222,7 @@ class Database:
         self._was_lent = False  # to the running job, by current_engine()
         self.once: Once | None = None
         self.keys: str | tuple[str, ...] = ()
+        self.asks_ledger = False
         self.was_interrupted = False  # since garbage was collected
 
     def run(
@@ -354,11 +356,11 @@ class Database:
                 result = self._run_once(fn, args, kwargs)
             else:
                 result = fn(*args, **kwargs) if kwargs else fn(*args)
-        except (LedgerError, KeyReusedError):
-            raise  # the function was not called
         except DBPoolError as exc:
             # Perhaps from a future of another executor: its job is not this one.
-            exc.outcome = Outcome.ROLLED_BACK
+            is_claim = options.keyed and not self._commits.has_claim
+            if not (is_claim and isinstance(exc, (LedgerError, KeyReusedError))):
+                exc.outcome = Outcome.ROLLED_BACK
             raise
         finally:
             if self._pid != (process_id.known_pid or os.getpid()):
@@ -402,7 +404,7 @@ class Database:
         assert self.once is not None  # noqa: S101 - or the job would have no key
         if self.session is None:
             self.session = self.sessions.open()
-        return self.once.run(self.session, self.keys, fn, args, kwargs)
+        return self.once.run(self.session, self.keys, fn, args, kwargs, self._commits)
 
     def _commit(self, current: Session) -> None:
         noted = None
@@ -443,6 +445,10 @@ class Database:
                 if outcome is Outcome.ROLLED_BACK:
                     self._resolved = exc if self._options.retries else None
                     raise
+            # A claim that the job may have committed by itself proves nothing.
+            self.asks_ledger = (
+                self._options.keyed and not self._commits.may_have_committed
+            )
             how = "the connection was lost"
             if not getattr(exc, "connection_invalidated", False):
                 how = f"COMMIT failed with {full_name(type(exc))}"

@@ -9,10 +9,12 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 from sqlalchemy import (
     Column,
+    Connection,
     Integer,
     MetaData,
     String,
@@ -20,11 +22,11 @@ from sqlalchemy import (
     create_engine,
     event,
     insert,
-    text,
+    select,
 )
 
 import jobs
-from dbpool_executor import DBPoolExecutor, Ledger, session
+from dbpool_executor import DBPoolExecutor, Ledger, LedgerError, current_engine, session
 
 effects = Table(
     "effect",
@@ -95,12 +97,67 @@ def happen_and_commit(name: str) -> None:
     happen(f"{name} again")
 
 
+def happen_and_commit_boldly(name: str) -> None:
+    """Have an effect, commit it, and go on although that was refused."""
+    happen(name)
+    with suppress(LedgerError):
+        session.commit()
+    session.rollback()
+    happen(f"{name} again")
+
+
+def happen_and_commit_apart(name: str) -> None:
+    """Have an effect in a transaction of its own."""
+    with current_engine().begin() as connection:
+        connection.execute(insert(effects).values(name=name))
+
+
+def happen_and_read_apart(name: str) -> list[str]:
+    """Have an effect, and read in a transaction of its own."""
+    happen(name)
+    with current_engine().begin() as connection:
+        return list(connection.scalars(select(effects.c.name)))
+
+
+def happen_and_roll_back(name: str) -> None:
+    """Have an effect, undo it and the claim, and have another one."""
+    happen(name)
+    session.rollback()
+    happen(f"{name} again")
+
+
+def happen_and_roll_back_unseen(name: str) -> None:
+    """Do so over the driver's connection."""
+    happen(name)
+    session.connection().connection.rollback()
+    happen(f"{name} again")
+
+
+def happen_and_commit_unseen(name: str, end: str) -> None:
+    """Have an effect, commit it and the claim over the driver's connection, and fail."""
+    happen(name)
+    session.connection().connection.commit()
+    happen(f"{name} again")
+    if end == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise LookupError(name)
+
+
 def happen_elsewhere(name: str, url: str) -> None:
     """Have an effect here and another one in a second database."""
     happen(name)
-    session.connection(bind_arguments={"bind": create_engine(url)}).execute(
-        text("SELECT 1")
-    )
+    elsewhere(url).execute(insert(effects).values(name=name))
+
+
+def read_elsewhere(name: str, url: str) -> list[str]:
+    """Have an effect here, and read in a second database."""
+    happen(name)
+    return list(elsewhere(url).scalars(select(effects.c.name)))
+
+
+def elsewhere(url: str) -> Connection:
+    """Give a connection of the job's session to a second database."""
+    return session.connection(bind_arguments={"bind": create_engine(url)})
 
 
 def number(value: int) -> int:

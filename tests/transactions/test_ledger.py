@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Column, MetaData, Table
+from sqlalchemy import Column, MetaData, Table, create_engine, select
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 import faults
@@ -30,6 +30,7 @@ from dbpool_executor import (
     Outcome,
     OutcomeUnknownError,
     WorkerDiedError,
+    outcome_of,
 )
 from dbpool_executor.testing import InlineExecutor
 from processes import MakeExecutor
@@ -108,7 +109,7 @@ def test_second_job_with_a_key_is_not_run_and_gets_the_stored_result(
         "n": [1, 2]
     }
     assert once.submit(keyed.happen, "a", "other").result(LONGEST) == {"n": [1, 2]}
-    assert once._owner().stats().stored == 1
+    assert once.stats().stored == 1
     again = make_once()
     assert again.submit(keyed.happen, "a").result(LONGEST) == {"n": [1, 2]}
     assert effects(database) == {"a": 1}
@@ -305,11 +306,11 @@ def test_rerun_skips_what_is_committed_with_another_chunksize(
     assert list(once.map(keyed.number, some, chunksize=4)) == some
     again = make_once(2, key=str)
     assert list(again.map(keyed.number, range(60), chunksize=7)) == list(range(60))
-    assert again._owner().stats().stored == len(some)
+    assert again.stats().stored == len(some)
     last = make_once(2, key=str)
     results = last.map(keyed.number, range(60), chunksize=3, buffersize=2)
     assert list(results) == list(range(60))
-    assert last._owner().stats().stored == 60
+    assert last.stats().stored == 60
     assert effects(database) == {str(n): 1 for n in range(60)}
 
 
@@ -564,6 +565,123 @@ def test_table_that_cannot_keep_the_promise_is_refused_before_the_first_job(
     ledger.create(engine)
     make_once().submit(keyed.happen, "a").result(LONGEST)
     assert effects(database) == {"a": 1}
+
+
+@three
+@pytest.mark.parametrize(
+    ("job", "words"),
+    [
+        (keyed.happen_and_commit, "commits by itself"),
+        (keyed.happen_and_commit_boldly, "ended its transaction"),
+        (keyed.happen_and_roll_back, "ended its transaction"),
+        (keyed.happen_and_roll_back_unseen, "ended its transaction"),
+    ],
+)
+def test_job_that_ends_its_transaction_is_rolled_back(
+    database: Database,
+    ledger: Ledger,
+    engine: Any,
+    make_once: Make,
+    job: Callable[..., Any],
+    words: str,
+) -> None:
+    """Else its claim would be committed without its result, or its work without a claim."""
+    once = make_once()
+    future = once.submit(job, "a")
+    error = future.exception(LONGEST)
+    assert isinstance(error, LedgerError)
+    assert words in str(error)
+    assert error.key == "key of a"
+    if job is not keyed.happen_and_roll_back_unseen:
+        assert future.outcome is outcome_of(error) is Outcome.ROLLED_BACK
+        assert "is rolled back" in str(error)
+    assert effects(database) == {}
+    assert ledger.outcome(engine, "key of a") is None
+    assert once.submit(keyed.happen, "a", 1).result(LONGEST) == 1
+
+
+@pytest.mark.parametrize(
+    "database", ["postgresql-psycopg", "mariadb-pymysql"], indirect=True
+)
+def test_job_that_commits_apart_is_refused_unless_it_has_only_read(
+    database: Database, make_once: Make
+) -> None:
+    """Over another connection of the worker's engine; SQLite has but one writer."""
+    once = make_once()
+    error = once.submit(keyed.happen_and_commit_apart, "a").exception(LONGEST)
+    assert isinstance(error, LedgerError)
+    assert effects(database) == {}
+    assert once.submit(keyed.happen_and_read_apart, "a").result(LONGEST) == []
+    assert effects(database) == {"a": 1}
+
+
+@three
+def test_job_that_writes_to_another_database_is_rolled_back_on_both(
+    database: Database, engine: Any, make_once: Make, tmp_path: Path
+) -> None:
+    """To read there is allowed."""
+    other = f"sqlite:///{tmp_path / 'other.db'}"
+    other_engine = create_engine(other)
+    keyed.effects.create(other_engine)
+    once = make_once()
+    future = once.submit(keyed.happen_elsewhere, "a", other)
+    error = future.exception(LONGEST)
+    assert isinstance(error, LedgerError)
+    assert "another database" in str(error)
+    assert future.outcome is outcome_of(error) is Outcome.ROLLED_BACK
+    with other_engine.connect() as connection:
+        assert connection.execute(select(keyed.effects)).all() == []
+    other_engine.dispose()
+    assert effects(database) == {}
+    assert once.submit(keyed.read_elsewhere, "a", other).result(LONGEST) == []
+    assert effects(database) == {"a": 1}
+
+
+@three
+@pytest.mark.parametrize("end", ["die", "raise"])
+def test_claim_that_may_have_been_committed_unseen_settles_nothing(
+    database: Database, make_once: Make, end: str
+) -> None:
+    """The claim is in the table, but not by the COMMIT at the end of the job."""
+    once = make_once()
+    future = once.submit(keyed.happen_and_commit_unseen, "a", end)
+    error = future.exception(LONGEST)
+    assert future.outcome is outcome_of(error) is Outcome.UNKNOWN
+    if end == "die":
+        assert isinstance(error, OutcomeUnknownError)
+        assert error.key == "key of a"
+
+
+@three
+def test_outcomes_of_jobs_with_keys(
+    database: Database, ledger: Ledger, engine: Any, make_once: Make
+) -> None:
+    """Whether they were run, skipped, settled or refused; notes name the job."""
+    once = make_once(factory=faults.obedient(database.make_engine))
+    for _ in range(2):
+        future = once.submit(keyed.happen, "a", 1)
+        assert future.result(LONGEST) == 1
+        assert future.outcome is Outcome.COMMITTED
+    future = once.submit(keyed.happen_and_have, "b", "commit returned", faults.die)
+    assert future.result(LONGEST) == "b"
+    assert future.outcome is Outcome.COMMITTED
+    refused = [
+        (once.submit(keyed.happen_and_have, "c", "commit", faults.die), "rolled back"),
+        (once.submit(keyed.happen_and_die, "a"), "never started"),
+    ]
+    for future, outcome in refused:
+        error = future.exception(LONGEST)
+        assert error is not None
+        assert future.outcome is outcome_of(error) is Outcome(outcome)
+        assert f": {outcome}" in error.__notes__[-1]
+        assert "ledger_jobs.happen_and_" in error.__notes__[-1]
+        assert error.key in ("key of a", "key of c")
+    ledger.table.drop(engine)
+    future = make_once().submit(keyed.happen, "a")
+    error = future.exception(LONGEST)
+    assert isinstance(error, LedgerError)
+    assert future.outcome is outcome_of(error) is Outcome.NEVER_STARTED
+    ledger.create(engine)
 
 
 # -- The table ----------------------------------------------------------------------------
