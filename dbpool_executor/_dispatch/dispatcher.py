@@ -31,7 +31,7 @@ from .._wire.options import DEFAULTS, JobOptions
 from .._wire.phase import Transaction
 from .._worker import ledger_jobs
 from .._worker.main import outcome_of_transaction
-from ..errors import DBPoolError, Outcome, OutcomeUnknownError
+from ..errors import DBPoolError, Outcome, OutcomeUnknownError, ResultLostError
 from . import pace, verdict
 from .fast_lane import Offers
 from .flag import Flag
@@ -54,6 +54,8 @@ _AFTER_FAILED_LOOK = 0.01  # seconds
 _SETTLED_BY_LEDGER = (Outcome.UNKNOWN, Outcome.COMMITTED)
 # It waits for the transaction of the lost job, but not for ever.
 _ASKS_LEDGER = DEFAULTS.with_(timeout=10.0, kill_after=1.0, retries=20)
+_LEDGER_TRIES = 10
+_IN_ITS_COMMIT = (OutcomeUnknownError, ResultLostError)
 
 
 class Dispatcher:
@@ -718,11 +720,19 @@ class Dispatcher:
         asked.add_done_callback(settle)
         self._waiting.appendleft(asked)
 
-    def _ask_ledger(self, job: Job, told: Message | DBPoolError) -> None:
+    def _ask_ledger(
+        self, job: Job, told: Message | DBPoolError, tries: int = _LEDGER_TRIES
+    ) -> None:
         """Have a worker find out in the ledger what became of a job with a key."""
 
         def settle(asked: Future[list[Any] | None]) -> None:
-            if asked.cancelled() or asked.exception() is not None:
+            error = None if asked.cancelled() else asked.exception()
+            if isinstance(error, _IN_ITS_COMMIT) and tries > 1:
+                # Its own COMMIT was lost. To settle once more is harmless.
+                self._ask_ledger(job, told, tries - 1)
+                self._wake()
+                return
+            if asked.cancelled() or error is not None:
                 self._end(job, told)
                 return
             self._done -= 1  # the question is no job of the user's

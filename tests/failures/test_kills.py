@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import random
-import signal
-import threading
 import time
 from collections import Counter
 from concurrent.futures import Future
@@ -22,75 +19,16 @@ from dbpool_executor import (
     ResultLostError,
     WorkerDiedError,
 )
+from killing import KILLS, Killer
 from processes import MakeExecutor
 from servers import Database
 from waiting import LONGEST
 
-KILLS = int(os.environ.get("DBPOOL_TEST_KILLS", "60"))
-"""Kills over all databases and start methods of the random test."""
-
 LARGE = int(os.environ.get("DBPOOL_TEST_LARGE", "20000000"))
 """Bytes of a result in whose middle workers are killed."""
 
-log = logging.getLogger("dbpool_executor")
-
 PATIENCE = 60.0
 """Seconds for a future of a test that kills many workers."""
-
-
-class Killer(logging.Handler):
-    """Kills workers at random moments, in a thread.
-
-    Only those that are ready, as the log tells: a worker that is killed while it starts
-    is another story, and three of them in a row break the executor.
-
-    Args:
-        most: How many to kill.
-        pause: Seconds between two kills, at most.
-    """
-
-    def __init__(self, most: int, pause: float) -> None:
-        super().__init__(logging.DEBUG)
-        self._most = most
-        self._pause = pause
-        self._chance = random.Random(4)
-        self._ready: set[int] = set()
-        self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._kill)
-        self.killed: list[int] = []
-
-    def __enter__(self) -> Killer:
-        log.addHandler(self)
-        log.setLevel(logging.DEBUG)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self._is_over.set()
-        self._thread.join()
-        log.setLevel(logging.NOTSET)
-        log.removeHandler(self)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Learn of a worker."""
-        if record.msg == "worker %s is ready" and isinstance(record.args, tuple):
-            (pid,) = record.args
-            self._ready.add(int(str(pid)))
-
-    @property
-    def is_done(self) -> bool:
-        """Whether it has killed as many as it was to."""
-        return len(self.killed) >= self._most
-
-    def _kill(self) -> None:
-        while not self.is_done:
-            if self._is_over.wait(self._chance.uniform(0.0, self._pause)):
-                return
-            if self._ready:
-                pid = self._chance.choice(sorted(self._ready))
-                self._ready.discard(pid)
-                os.kill(pid, signal.SIGKILL)
-                self.killed.append(pid)
 
 
 @pytest.mark.parametrize("kills", [0, 20], ids=["unharmed", "killed"])

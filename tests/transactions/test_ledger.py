@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from alembic import autogenerate
+from alembic.migration import MigrationContext
+from alembic.operations import Operations
 from sqlalchemy import Column, MetaData, Table, create_engine, select
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
@@ -699,6 +702,33 @@ def test_old_rows_are_pruned_and_no_others(
     assert ledger.prune(engine, timedelta(seconds=-1)) == 2
     assert ledger.outcome(engine, "key of a") is None
     assert Ledger("another").outcome(engine, "key of a") is Outcome.COMMITTED
+
+
+@pytest.mark.parametrize("database", ["sqlite", "postgresql-psycopg"], indirect=True)
+def test_alembic_makes_the_table_from_the_metadata(
+    database: Database, engine: Any, make_once: Make, ledger: Ledger
+) -> None:
+    """Once: after the upgrade there is nothing left to do. Jobs find it as it has to be."""
+    metadata = [keyed.effects.metadata, ledger.metadata]
+
+    def only_ours(_item: object, name: str, kind: str, *_: object) -> bool:
+        return kind != "table" or name in ("effect", "dbpool_ledger")
+
+    def difference() -> Any:
+        options = {"target_metadata": metadata, "include_object": only_ours}
+        context = MigrationContext.configure(connection, opts=options)
+        script = autogenerate.produce_migrations(context, metadata)
+        for step in script.upgrade_ops.ops:
+            for each in getattr(step, "ops", [step]):
+                Operations(context).invoke(each)
+        return script.upgrade_ops.as_diffs()
+
+    ledger.table.drop(engine)
+    with engine.begin() as connection:
+        assert [name for name, *_ in difference()] == ["add_table", "add_index"]
+        assert difference() == []
+    assert make_once().submit(keyed.happen, "a", 1).result(LONGEST) == 1
+    assert effects(database) == {"a": 1}
 
 
 def test_ledger_is_a_part_of_the_metadata_that_it_is_given() -> None:
