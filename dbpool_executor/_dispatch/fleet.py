@@ -184,7 +184,8 @@ class Workers:
         self._time_stage(worker)
         if self._ended > self.replaced:
             self.replaced += 1
-            log.info("worker %s replaces one that has ended", body.pid)
+            if not self.starts.have_failed:  # of that the log says enough
+                log.info("worker %s replaces one that has ended", body.pid)
         self.all[body.number] = worker
         self._starting += 1
         log.debug("worker %s was started", body.pid)

@@ -179,9 +179,11 @@ class Starts:
             )
         elif now >= self._log_at:
             self._log_at = now + _LOG_EVERY
+            left = self._limits.patience - (now - self._since)
+            until = f" for {left:.0f} s" if left > 0 else ""
             log.warning(
                 "a worker failed to start (%s), which may pass; jobs wait, and it is "
-                "tried again for %.0f s",
+                "tried again%s",
                 text,
-                max(0.0, self._limits.patience - (now - self._since)),
+                until,
             )
