@@ -540,7 +540,10 @@ class Dispatcher:
         log.warning("the executor kills worker %s: %s", worker.body.pid, why)
         worker.killed_for = worker.killed_for or why
         try:
-            worker.body.kill()
+            with suppress(
+                Exception
+            ):  # it ends with its channel, or is killed by bury()
+                worker.body.kill()
             self._note_ending(self._workers.bury(worker))
         except BaseException as another:
             self._end_unjudged(worker, another)
@@ -812,7 +815,8 @@ class Dispatcher:
     def _abandon_worker(self, worker: Worker) -> None:
         worker.killed_for = worker.killed_for or self._killed_for
         try:
-            worker.body.kill()
+            with suppress(Exception):
+                worker.body.kill()
             ending = self._workers.bury(worker)
             self._waiting.extendleft(reversed(ending.again))
             for job, error in ending.unread:

@@ -29,6 +29,7 @@ from .job import Job
 from .starts import DEFAULT_LIMITS, LEAVE_GRACE, Failure, StartLimits, Starts
 
 _LATE = 0.2  # seconds by which this process is not late, unless it was stopped
+_STOP_AGAIN = 0.1  # seconds, after a call to end a worker that has failed
 _SPARED = 1.0  # seconds more for an answer that may be on its way
 
 
@@ -340,7 +341,9 @@ class Workers:
             # What it has not begun goes to another, once its channel has ended.
             worker.killed_for = f"sending it a job raised {exc!r}"
             worker.is_stopping = True
-            worker.body.kill()
+            self._kill_at[worker] = time.monotonic() + _STOP_AGAIN
+            with suppress(Exception):
+                worker.body.kill()
             return
         if len(worker.sent) > 1 and self._next_look == math.inf:
             self._next_look = time.monotonic() + pace.PATIENCE
@@ -402,12 +405,19 @@ class Workers:
                     others_idle=bool(self.idle) and not waiting,
                 ):
                     continue
-                worker.recalled = Recall(worker.last_number, now)
-                worker.body.recall(worker.last_number)
+                try:
+                    worker.body.recall(worker.last_number)
+                except Exception:  # noqa: S112 - it is tried again at the next look
+                    continue
+                # Not now: between the two this thread may have waited for a processor.
+                worker.recalled = Recall(worker.last_number, time.monotonic())
             if now - worker.recalled.at < RECALL_DELAY:
                 self._next_look = now + RECALL_DELAY
                 continue
-            begun, last = worker.body.progress().begun, worker.recalled.number
+            try:
+                begun, last = worker.body.progress().begun, worker.recalled.number
+            except Exception:  # noqa: S112 - as there
+                continue
             taken += (job for job in worker.sent if begun < job.number <= last)
             worker.sent = [j for j in worker.sent if not begun < j.number <= last]
             worker.recalled = None
@@ -534,7 +544,11 @@ class Workers:
         if worker in self.idle:
             self.idle.remove(worker)
         self._short.pop(worker, None)
-        self._kill_at[worker] = time.monotonic() + worker.body.stop(number)
+        try:
+            seconds = worker.body.stop(number)
+        except Exception:
+            seconds = _STOP_AGAIN
+        self._kill_at[worker] = time.monotonic() + seconds
 
     def _may_have_answered(self, worker: Worker, now: float) -> bool:
         """Say, once for each job, whether its answer may be on its way.
@@ -546,7 +560,11 @@ class Workers:
         if worker.was_spared:
             return False
         is_late = now - self._kill_at[worker] > _LATE
-        if is_late or worker.body.progress().phase is Phase.COMMITTED:
+        try:
+            is_late = is_late or worker.body.progress().phase is Phase.COMMITTED
+        except Exception:  # then it is not known
+            is_late = True
+        if is_late:
             worker.was_spared = True
             self._kill_at[worker] = now + _SPARED
         return worker.was_spared

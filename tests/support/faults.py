@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,13 @@ def insert_and_die(name: str, number: int = signal.SIGKILL) -> None:
     """Write an item and be ended by a signal."""
     jobs.insert_item(name)
     die(number)
+
+
+def hold_out() -> NoReturn:
+    """Not be interrupted."""
+    while True:
+        with suppress(BaseException):
+            threading.Event().wait()
 
 
 def insert_and_exit(name: str, code: int) -> None:
