@@ -80,14 +80,25 @@ _HARMLESS_PRAGMA = (
     r"|(?!incremental_vacuum|optimize)\w+\s*(?:;\s*)?\Z)"
 )
 _SQLITE = Grammar(
-    rf"SELECT|VALUES|EXPLAIN|BEGIN|ROLLBACK|SAVEPOINT|ATTACH|DETACH|{_HARMLESS_PRAGMA}",
+    rf"SELECT|VALUES|EXPLAIN|BEGIN|ROLLBACK|SAVEPOINT|ATTACH|DETACH|{_HARMLESS_PRAGMA}"
+    # It is of the connection, which is given back to the pool as it is.
+    r"|CREATE\s+TEMP(?:ORARY)?",
     # Before these alone the sqlite3 module begins a transaction (Python documentation,
     # "sqlite3", "Transaction control").
     r"INSERT|UPDATE|DELETE|REPLACE",
     r"CREATE|DROP|ALTER|ANALYZE|REINDEX|VACUUM|PRAGMA|WITH",
 )
 
+# It does not hear of a ROLLBACK that it has not sent itself, and begins no transaction
+# after it: the next statement would be committed.
+_PSYCOPG2 = _POSTGRESQL._replace(
+    reads=_POSTGRESQL.reads.replace(
+        "ROLLBACK|ABORT", r"ROLLBACK(?:\s+(?:WORK|TRANSACTION))?\s+TO"
+    )
+)
+
 _GRAMMARS = {
+    "psycopg2": _PSYCOPG2,
     "postgresql": _POSTGRESQL,
     "duckdb": _POSTGRESQL,
     "mysql": _MYSQL,
@@ -143,14 +154,15 @@ _WRITES_IN_WITH = re.compile(
 )
 
 
-def effect_on(dialect: str) -> Callable[[str], Effect]:
+def effect_on(dialect: str, driver: str = "") -> Callable[[str], Effect]:
     """Give the function that says what a statement may do on a database.
 
     Args:
         dialect: The name of SQLAlchemy's dialect. One that is not known has the closed
             list of standard SQL.
+        driver: The name of its driver, where one has a list of its own.
     """
-    grammar = _GRAMMARS.get(dialect, _SQL)
+    grammar = _GRAMMARS.get(driver) or _GRAMMARS.get(dialect, _SQL)
     found_by_text: dict[str, Effect] = {}
     lists = [
         (re.compile(rf"(?:{words})(?![\w$])", re.IGNORECASE | re.DOTALL), effect)

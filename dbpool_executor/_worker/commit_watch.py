@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from weakref import WeakSet
 
 from sqlalchemy import Connection
 from sqlalchemy.engine import ExceptionContext
@@ -84,7 +85,7 @@ class CommitWatch:
         self._owners: dict[Where, int] = {}  # sessions of the job, by id()
         # Rolled back by a session, which has not yet said that it was meant to be.
         self._dropped: set[Where] = set()
-        self._watched: set[object] = set()  # dialects
+        self._watched: WeakSet[object] = WeakSet()  # dialects
         self._has_begun_to_commit = False  # at the end, where nothing is heard after it
         self._claimed: Where = None  # where the keys of the job are
 
@@ -236,9 +237,15 @@ class CommitWatch:
 
     # -- What engines tell -------------------------------------------------------
 
-    def note_watched(self, dialect: object) -> None:
-        """Note that the engines with a dialect are watched."""
+    def note_watched(self, dialect: object) -> bool:
+        """Note that the engines with a dialect are watched.
+
+        Returns:
+            Whether they have been before.
+        """
+        was_watched = dialect in self._watched
         self._watched.add(dialect)
+        return was_watched
 
     def note_lent(self, where: Where, traits: Traits) -> None:
         """Note that the job has got a driver's own connection, where it may commit."""

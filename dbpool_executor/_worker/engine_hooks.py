@@ -5,20 +5,22 @@ Runs in a worker.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy import Connection, Dialect, Engine, event
+from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.engine.default import DefaultDialect
-from sqlalchemy.pool import PoolProxiedConnection
+from sqlalchemy.pool import Pool, PoolProxiedConnection
 
 from .commit_watch import CommitWatch
 from .traits import Traits, traits_of
 
 
-def hook(watch: CommitWatch, engine: Engine) -> None:
+def hook(watch: CommitWatch | WhileHere, engine: Engine) -> None:
     """Have a watch hear of all that an engine and its views do.
 
     By the methods of its dialect, through which all of it goes. Dearer are an engine's
@@ -26,7 +28,6 @@ def hook(watch: CommitWatch, engine: Engine) -> None:
     connection of each job (benchmarks/README.md).
     """
     dialect, traits = engine.dialect, traits_of(engine.dialect)
-    watch.note_watched(dialect)
 
     def before(name: str, call: Callable[..., None]) -> None:
         method = getattr(dialect, name)
@@ -69,10 +70,52 @@ def hook(watch: CommitWatch, engine: Engine) -> None:
     _hook_statements(watch, dialect, traits)
     _hook_lending(watch, engine, traits)
     if traits.undoes:
-        event.listen(engine, "handle_error", watch.note_undone)
+
+        def note_undone(context: ExceptionContext) -> None:
+            watch.note_undone(context)
+
+        event.listen(engine, "handle_error", note_undone)
 
 
-def _hook_statements(watch: CommitWatch, dialect: Dialect, traits: Traits) -> None:
+def call_for_new_engines(call: Callable[[Engine], None]) -> None:
+    """Have a function called with each engine that is made in this process from now on.
+
+    A job may use one beside its session, which nobody else tells of.
+    """
+    make = Engine.__init__
+
+    @functools.wraps(make)
+    def make_and_call(self: Engine, *args: Any, **options: Any) -> None:
+        make(self, *args, **options)
+        call(self)
+
+    Engine.__init__ = make_and_call  # type: ignore[method-assign]
+
+
+class WhileHere:
+    """A watch that hears only of what is done in the thread that runs jobs.
+
+    Args:
+        watch: It.
+        is_here: Whether a call comes from there.
+    """
+
+    def __init__(self, watch: CommitWatch, is_here: Callable[[], bool]) -> None:
+        self._watch = watch
+        self._is_here = is_here
+
+    def __getattr__(self, name: str) -> Any:
+        """Give a method of the watch, or one that does nothing."""
+        return getattr(self._watch, name) if self._is_here() else _do_nothing
+
+
+def _do_nothing(*_: object) -> None:
+    pass
+
+
+def _hook_statements(
+    watch: CommitWatch | WhileHere, dialect: Dialect, traits: Traits
+) -> None:
     effect_of = traits.effect_of
     is_between_phases = False  # what is sent there is SQLAlchemy's own
 
@@ -189,7 +232,9 @@ def listen(watch: CommitWatch, target: Engine | Connection) -> None:
         _hook_lending(watch, target, traits)
 
 
-def _hook_lending(watch: CommitWatch, engine: Engine, traits: Traits) -> None:
+def _hook_lending(
+    watch: CommitWatch | WhileHere, engine: Engine, traits: Traits
+) -> None:
     """Have a watch hear when a program, and not SQLAlchemy, gets a driver's connection.
 
     It may do there what nobody sees.
@@ -221,6 +266,14 @@ def _hook_lending(watch: CommitWatch, engine: Engine, traits: Traits) -> None:
             watch.note_lent(lent.dbapi_connection, traits)
         return lent
 
+    def lend_of_pool(pool: Pool) -> Pool:
+        connect, recreate = pool.connect, pool.recreate
+        vars(pool).update(
+            connect=lambda: lend(connect), recreate=lambda: lend_of_pool(recreate())
+        )
+        return pool
+
+    lend_of_pool(engine.pool)
     vars(engine).update(
         _connection_cls=WatchedConnection,
         _option_cls=WatchedView,

@@ -41,6 +41,6 @@ def traits_of(dialect: Dialect) -> Traits:
         may_abort=name == "postgresql",
         is_sqlite=name == "sqlite",
         undoes=undoes,
-        effect_of=effect_on(name),
+        effect_of=effect_on(name, dialect.driver),
         tables=TablesWithoutTransactions() if undoes else None,
     )

@@ -11,6 +11,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Engine, event
@@ -48,7 +49,7 @@ from ..errors import (
 from . import lookup
 from .commit_watch import CommitWatch
 from .connection_reset import ConnectionReset
-from .engine_hooks import hook, listen
+from .engine_hooks import WhileHere, call_for_new_engines, hook, listen
 from .hard_exit import leave
 from .sessions import SessionOptions, Sessions
 from .statement_cache import bound_statement_cache
@@ -204,6 +205,7 @@ class Database:
         if self._is_shared:
             listen(commits, engine)
         else:
+            commits.note_watched(engine.dialect)
             hook(commits, engine)
             event.listen(engine, "handle_error", drivers.give_up_lost)
         # Of a COMMIT that was found to be rolled back, until it is known if it is repeated.
@@ -214,6 +216,8 @@ class Database:
         if not self._is_shared:
             for other in self.sessions.other_engines():
                 self._watch_engine(other)
+            here_alone = WhileHere(commits, lambda: here.database is self)
+            call_for_new_engines(partial(self._watch_engine, watch=here_alone))
         self.is_running = False  # a job
         self.is_committed = True
         self._pid = os.getpid()
@@ -497,14 +501,16 @@ class Database:
     def _engines(self) -> list[Engine]:
         return [self.engine, *self._other_engines]
 
-    def _watch_engine(self, engine: Engine) -> None:
+    def _watch_engine(self, engine: Engine, watch: WhileHere | None = None) -> None:
         refuse_inherited(engine)
         # What is not a view of another one lives as long as its connections do.
         self._other_engines.add(getattr(engine, "_proxied", engine))
-        hook(self._commits, engine)
+        if self._commits.note_watched(engine.dialect):
+            return
+        hook(watch or self._commits, engine)
         event.listen(engine, "handle_error", drivers.give_up_lost)
         event.listen(engine, "connect", cancel.note_session)
-        if self._reset is not None:
+        if self._reset is not None and watch is None:
             self._reset.watch(engine)
 
     def _watch_other(self, connection: Connection) -> None:

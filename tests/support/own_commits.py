@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import create_engine, insert, select, update
 from sqlalchemy.exc import OperationalError
 
 from dbpool_executor import current_engine, session
@@ -68,6 +68,22 @@ def by_view(name: str) -> None:
     raw.close()
 
 
+def by_pool(name: str) -> None:
+    """Commit one of the engine's pool, after the first pool was disposed."""
+    current_engine().dispose()
+    raw = current_engine().pool.connect()
+    raw.cursor().execute(INSERT.format(name))
+    raw.commit()
+    raw.close()
+
+
+def by_another_engine(name: str) -> None:
+    """Commit what nobody has told the executor of."""
+    engine = create_engine(current_engine().url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(INSERT.format(name))
+
+
 def by_driver(name: str) -> None:
     """Commit the connection of the driver below the session's."""
     run(INSERT.format(name))
@@ -112,6 +128,8 @@ COMMITTING: dict[str, dict[str, Callable[[str], None]]] = {
         "core": by_core,
         "raw connection": by_raw_connection,
         "raw connection of a view": by_view,
+        "pool": by_pool,
+        "another engine": by_another_engine,
         "driver": by_driver,
         "cursor": by_cursor,
         "autocommit": by_autocommit,

@@ -45,6 +45,15 @@ STATEMENTS = [
     ("postgresql mysql", "SELECT 1 /* it's */; COMMIT; -- '", COMMITS),
     ("postgresql mysql", "ROLLBACK; DO 1", COMMITS),
     ("postgresql mysql", "SELECT '; COMMIT", COMMITS),
+    # A driver that begins no transaction after a ROLLBACK that it has not sent.
+    ("psycopg2", "ROLLBACK", COMMITS),
+    ("psycopg2", "abort work", COMMITS),
+    ("psycopg2", "ROLLBACK WORK TO a", READS),
+    ("psycopg2", "ROLLBACK TO SAVEPOINT a", READS),
+    ("psycopg2", "SELECT 1", READS),
+    ("postgresql", "ROLLBACK", READS),
+    ("sqlite", "CREATE TEMP TABLE t (n int)", READS),
+    ("sqlite", "CREATE TABLE temp (n int)", ALONE),
     # PostgreSQL.
     ("postgresql duckdb", "CREATE TABLE t (n int)", WRITES),
     ("postgresql", "END", COMMITS),
