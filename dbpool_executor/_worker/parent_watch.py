@@ -96,7 +96,7 @@ class ParentWatch:
                 if time.monotonic() > end:
                     break
                 time.sleep(_LOOK_EVERY)
-        if self.database is not None:
+        if self.database is not None and not self._is_ending_its_job():
             with suppress(Exception):
                 self._cancel(self.database)
         with suppress(Exception):
@@ -105,6 +105,13 @@ class ParentWatch:
         # The job may have a handler for it.
         time.sleep(_HANDLER_GRACE)
         os.kill(os.getpid(), _KILL)
+
+    def _is_ending_its_job(self) -> bool:
+        """Say whether what runs is the last COMMIT of a job, which is not cancelled."""
+        if self.record is None:
+            return False
+        progress = self.record.read()
+        return progress.phase is Phase.COMMITTING and not progress.has_own_commit
 
     def _cancel(self, database: Cancels) -> None:
         for _ in range(_CANCEL_ATTEMPTS):
