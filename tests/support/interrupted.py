@@ -74,7 +74,13 @@ class Interrupts:
         while self.count == before:
             try:
                 call()
-            except Strike:
+            except Exception as exc:
+                # The constructor takes what is raised while an argument is pickled for a
+                # fault of the argument.
+                if not isinstance(exc, Strike) and not isinstance(
+                    exc.__cause__, Strike
+                ):
+                    raise
                 break
         self._left = 0
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -226,7 +226,7 @@ def test_database_that_cannot_be_used_fails_with_its_cause(url, told, silent_por
 FACTORY_FAILURES = {
     "factories:down": "database        postgresql+psycopg://user:***@127.0.0.1:",
     "factories:raises": "database        no worker could start: ValueError: no engine",
-    "factories:refused": "engine factory  TypeError: engine_factory is a ",
+    "factories:refused": "engine factory  TypeError: engine_factory cannot be sent",
     "nosuchmodule:make": "engine factory  ModuleNotFoundError: ",
 }
 
