@@ -11,7 +11,7 @@ import signal
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DontWrapMixin, OperationalError
 
 __all__ = [
     "ArgumentsLostError",
@@ -164,7 +164,7 @@ class OpenConnectionsError(DBPoolError, RuntimeError):
         )
 
 
-class ForkedConnectionError(DBPoolError, OperationalError):
+class ForkedConnectionError(DBPoolError, DontWrapMixin, OperationalError):
     """A connection was used in a forked copy of the process that had it in use.
 
     Raised through SQLAlchemy, by a Session or Connection that was in use at the fork;

@@ -9,6 +9,8 @@ import gc
 import multiprocessing
 import os
 import stat
+import sys
+import time
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
@@ -38,6 +40,7 @@ AnyEngine: TypeAlias = "Engine | AsyncEngine"
 # Their connection is the database, or shared by everyone: it cannot be opened anew.
 _POOLS_OF_ONE = (StaticPool, SingletonThreadPool, AssertionPool)
 
+_CLOSE_GRACE = 1.0  # seconds
 _SQLITE_HEADER = b"SQLite format 3\0"  # sqlite.org/fileformat2.html, section 1.3
 
 
@@ -112,8 +115,12 @@ def prepare_fork() -> None:
         # A file that was closed stays open for as long as a cursor on it lives, perhaps
         # as garbage (sqlite.org/c3ref/close.html).
         gc.collect()
-        if files := _open_sqlite_files():
-            raise OpenConnectionsError(tuple(files))
+        # aiosqlite closes a file in a thread of its own, a moment after it was asked.
+        end = time.monotonic() + (_CLOSE_GRACE if "aiosqlite" in sys.modules else 0.0)
+        while files := _open_sqlite_files():
+            if time.monotonic() > end:
+                raise OpenConnectionsError(tuple(files))
+            time.sleep(0.01)
 
 
 def _close_idle() -> None:

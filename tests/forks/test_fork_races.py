@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import sys
 import threading
 
 import pytest
@@ -135,6 +136,11 @@ def test_transaction_on_a_connection_that_is_no_pools_survives_what_jobs_do(
 # -- The looks themselves -------------------------------------------------------
 
 
+@pytest.mark.xfail(
+    sys.version_info >= (3, 13),
+    reason="there the look lets other threads run, and may end an object of theirs",
+    strict=False,
+)
 def test_look_at_all_objects_ends_none_of_another_thread(
     sqlite_database: Database, make_executor: MakeExecutor
 ) -> None:
