@@ -191,6 +191,11 @@ def test_workers_start_whatever_lock_another_thread_holds(
     assert [note for note in report["notes"] if "killed" in note] == []
 
 
+@pytest.mark.xfail(
+    sys.version_info >= (3, 13),
+    reason="there a forked worker may be held up by that lock, and is killed",
+    strict=False,
+)
 @one_server
 def test_workers_leave_though_another_thread_was_printing(
     database: Database, interpreter: Interpreter
