@@ -411,7 +411,7 @@ class KeyReusedError(DBPoolError, ValueError):
 
     def __init__(self, key: str, stored: str, name: str) -> None:
         super().__init__(key, stored, name)
-        self.key = key
+        self.key: str | tuple[str, ...] | None = key
         self.stored = stored
         self.name = name
 

@@ -88,12 +88,14 @@ class Ledger:
             raise ValueError(
                 f'results must be "json", "pickle" or None, not {results!r}'
             )
-        self.name = name
+        self.name: str = name
         self.results = results
-        self.names = dict(names or {})
-        self.metadata = MetaData() if metadata is None else metadata
+        self.names: dict[str, str] = dict(names or {})
+        self.metadata: MetaData = MetaData() if metadata is None else metadata
         known = self.metadata.tables.get(f"{schema}.{table}" if schema else table)
-        self.table = _table(table, self.metadata, schema) if known is None else known
+        self.table: Table = (
+            _table(table, self.metadata, schema) if known is None else known
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Without the program's metadata, of which workers need nothing else.
