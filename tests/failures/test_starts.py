@@ -189,7 +189,8 @@ def test_database_that_stays_down_breaks_the_executor(
         assert isinstance(error, WorkerStartError)
         assert type(error.__cause__).__name__ == "OperationalError"
         assert text in str(error)
-        assert (error.attempts == 3) == (not patience)
+        # How many there are in a time depends on the machine.
+        assert error.attempts == 3 if not patience else error.attempts >= 1
         with pytest.raises(WorkerStartError):
             executor.submit(abs, -1)
 
